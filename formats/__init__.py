@@ -1,0 +1,1 @@
+"""Bytes on disk: GGUF files, model configs, tokenizers and chat templates."""

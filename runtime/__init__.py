@@ -1,0 +1,1 @@
+"""The engine: graph, tape, kernels, KV cache, sampling, and the LLM class."""

@@ -1,0 +1,1 @@
+"""The CPU half of the engine: SIMD vector types, kernels, tape and threads."""

@@ -1,0 +1,1 @@
+"""The offline half: profiling, predictors and placement (later issues)."""

@@ -1,0 +1,1 @@
+"""The `hotcold` command: thin wrappers, one library call each."""
