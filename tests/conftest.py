@@ -1,0 +1,25 @@
+"""Shared fixtures: a factory of tiny models, cached by their arguments for the whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny_model(**arguments of make_tiny_model) -> path of a file that tests must not change."""
+    folder = tmp_path_factory.mktemp("tiny")
+    made: dict[str, Path] = {}
+
+    def make(**options: Any) -> Path:
+        key = repr(sorted(options.items()))
+        if key not in made:
+            made[key] = make_tiny_model(folder / f"{len(made)}.gguf", **options)
+        return made[key]
+
+    return make
