@@ -1,0 +1,267 @@
+"""ModelConfig: one frozen dataclass from a file's metadata; later code never sees a metadata key."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .architectures import Architecture, Shape, lookup
+from .errors import FormatError, UnsupportedError
+from .gguf import GGUFFile, show
+
+MAX_INT = 2**31 - 1  # every size and count is a C int somewhere
+_SCALING_KINDS = ("none", "linear", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How positions are stretched beyond the trained context; factor = 1 / ggml's freq_scale.
+
+    YaRN with ext_factor != 0 scales the rotated vectors by attn_factor * (1 + 0.1 ln factor), as ggml does.
+    """
+
+    kind: str = "none"  # none, linear or yarn
+    factor: float = 1.0
+    orig_ctx: int = 0
+    ext_factor: float = 0.0
+    attn_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All sizes and switches of a model, validated against its tensors."""
+
+    arch: str
+    name: str
+    n_vocab: int
+    n_ctx_train: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_head_kv: int
+    head_dim_k: int
+    head_dim_v: int
+    n_ff: int
+    norm_eps: float
+    rope_dim: int
+    rope_base: float
+    rope_style: str
+    rope_scaling: RopeScaling
+    sliding_window: int  # tokens that a token sees, itself included; 0 = all
+    attn_scale: float
+    activation: str
+    qkv_bias: bool
+    output_bias: bool  # attn_output.bias
+    tied_output: bool  # no output.weight: token_embd.weight serves
+    sampling: dict[str, float | int] = field(default_factory=dict)  # general.sampling.*, without that prefix
+
+    @classmethod
+    def from_gguf(cls, file: GGUFFile) -> ModelConfig:
+        """Read and check a file's metadata and tensor shapes: FormatError if broken, UnsupportedError if foreign."""
+        return _Reader(file).config()
+
+
+class _Reader:
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        arch = file.get("general.architecture", None, str)
+        if arch is None:
+            raise self.error("general.architecture", "no such key", "the name of an architecture")
+        _refuse_other_kinds(file)
+        self.row: Architecture = lookup(arch)
+        self.n_layer = self.integer("block_count", 1)
+
+    def error(self, key: str, got: object, wanted: object) -> FormatError:
+        return FormatError(self.file.path, f"key {show(key)}", got, wanted)
+
+    def unsupported(self, what: str) -> UnsupportedError:
+        return UnsupportedError(f"{self.file.path}: {what}")
+
+    def config(self) -> ModelConfig:
+        row, file = self.row, self.file
+        if self.integer("expert_count", 0, 0) > 0:
+            raise self.unsupported("mixture-of-experts models are not supported")
+        if file.get(f"{row.name}.attention.causal", True, bool) is False:
+            raise self.unsupported("models with non-causal attention are not supported")
+        n_embd = self.integer("embedding_length", 1)
+        n_head = self.integer("attention.head_count", 1)
+        n_head_kv = self.integer("attention.head_count_kv", 1, n_head)
+        if n_head % n_head_kv:
+            key = f"{row.name}.attention.head_count_kv"
+            raise self.error(key, n_head_kv, f"a divisor of head_count = {n_head}")
+        head_dim_k = self.integer("attention.key_length", 1, self.default_head_dim(n_embd, n_head))
+        head_dim_v = self.integer("attention.value_length", 1, head_dim_k)
+        rope_dim = self.integer("rope.dimension_count", 2, head_dim_k)
+        if rope_dim % 2 or rope_dim > head_dim_k:
+            key = f"{row.name}.rope.dimension_count"
+            raise self.error(key, rope_dim, f"an even number up to the head size {head_dim_k}")
+        n_ctx_train = self.integer("context_length", 1)
+        scale = self.number("attention.scale", 0.0, low=0.0)
+        config = ModelConfig(
+            arch=row.name,
+            name=file.get("general.name", file.path.stem, str),
+            n_vocab=self.vocabulary(),
+            n_ctx_train=n_ctx_train,
+            n_embd=n_embd,
+            n_layer=self.n_layer,
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            head_dim_k=head_dim_k,
+            head_dim_v=head_dim_v,
+            n_ff=self.integer("feed_forward_length", 1),
+            norm_eps=self.number("attention.layer_norm_rms_epsilon", None, low=0.0, high=1.0),
+            rope_dim=rope_dim,
+            rope_base=self.number("rope.freq_base", 10000.0, above=0.0),
+            rope_style=row.rope_style,
+            rope_scaling=self.rope_scaling(n_ctx_train),
+            sliding_window=self.sliding_window(),
+            attn_scale=scale or 1.0 / math.sqrt(head_dim_k),
+            activation=row.activation,
+            qkv_bias="blk.0.attn_q.bias" in file.tensors,
+            output_bias="blk.0.attn_output.bias" in file.tensors,
+            tied_output="output.weight" not in file.tensors,
+            sampling=self.sampling(),
+        )
+        self.check_tensors(config)
+        return config
+
+    def integer(self, suffix: str, low: int, default: int | None = None) -> int:
+        """An integer of {arch}.suffix in [low, MAX_INT]; an array of one equal value per layer counts as one."""
+        key = f"{self.row.name}.{suffix}"
+        if key not in self.file.metadata:
+            if default is None:
+                raise self.error(key, "no such key", "an integer")
+            return default
+        value = self.file.metadata[key]
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and suffix != "block_count":
+            if value.size != self.n_layer:
+                raise self.error(key, f"{value.size} values", f"one for each of {self.n_layer} layers")
+            if (value != value[0]).any():
+                raise self.unsupported(f"{show(key)} differs between layers, which is not supported")
+            value = int(value[0])
+        if type(value) is not int or not low <= value <= MAX_INT:
+            raise self.error(key, show(value), f"an integer from {low} to {MAX_INT}")
+        return value
+
+    def number(
+        self,
+        suffix: str,
+        default: float | None,
+        low: float = -math.inf,
+        high: float = math.inf,
+        above: float = -math.inf,
+    ) -> float:
+        """A finite float of {arch}.suffix in [low, high] and > above."""
+        key = f"{self.row.name}.{suffix}"
+        value = self.file.get(key, default, float)
+        if value is None:
+            raise self.error(key, "no such key", "a number")
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            bound = f"> {above:g}" if above > -math.inf else f"from {low:g} to {high:g}"
+            raise self.error(key, value, f"a finite number {bound}")
+        return float(value)
+
+    def default_head_dim(self, n_embd: int, n_head: int) -> int | None:
+        """n_embd / n_head, which only counts where the file gives no key_length."""
+        if f"{self.row.name}.attention.key_length" in self.file.metadata:
+            return None
+        if n_embd % n_head:
+            raise self.error(f"{self.row.name}.attention.head_count", n_head, f"a divisor of n_embd = {n_embd}")
+        return n_embd // n_head
+
+    def vocabulary(self) -> int:
+        info = self.file.tensors.get("token_embd.weight")
+        if info is None or len(info.shape) != 2:
+            got = "none" if info is None else info.shape
+            raise FormatError(self.file.path, "tensor 'token_embd.weight'", got, "a matrix")
+        tokens = self.file.get("tokenizer.ggml.tokens", None, list)
+        if tokens is not None and len(tokens) != info.shape[1]:
+            raise self.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", f"{info.shape[1]}, as token_embd has")
+        return info.shape[1]
+
+    def sliding_window(self) -> int:
+        window = self.integer("attention.sliding_window", 0, 0)
+        if window and f"{self.row.name}.attention.sliding_window_pattern" in self.file.metadata:
+            raise self.unsupported("sliding windows in only some layers are not supported")
+        return window
+
+    def rope_scaling(self, n_ctx_train: int) -> RopeScaling:
+        prefix = f"{self.row.name}.rope.scaling"
+        kind = self.file.get(f"{prefix}.type", "linear", str)
+        if kind not in _SCALING_KINDS:
+            supported = ", ".join(_SCALING_KINDS)
+            raise self.unsupported(f"rope scaling type {show(kind)} is not supported; supported: {supported}")
+        # Old files have rope.scale_linear; as in llama.cpp, 0 means no scaling.
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0, low=0.0), low=0.0) or 1.0
+        attn = self.number("rope.scaling.attn_factor", 1.0, above=0.0)
+        if kind != "yarn":
+            kind = "linear" if kind == "linear" and factor != 1.0 else "none"
+            return RopeScaling(kind, factor if kind == "linear" else 1.0, n_ctx_train, attn_factor=attn)
+        if self.number("rope.scaling.yarn_log_multiplier", 0.0):
+            raise self.unsupported("rope scaling with a yarn_log_multiplier is not supported")
+        return RopeScaling(
+            kind,
+            factor,
+            orig_ctx=self.integer("rope.scaling.original_context_length", 1, n_ctx_train),
+            ext_factor=self.number("rope.scaling.yarn_ext_factor", 1.0),
+            attn_factor=attn * self.number("rope.scaling.yarn_attn_factor", 1.0, above=0.0),
+            beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0, above=0.0),
+            beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0, above=0.0),
+        )
+
+    def sampling(self) -> dict[str, float | int]:
+        prefix = "general.sampling."
+        found: dict[str, float | int] = {}
+        for key, value in self.file.metadata.items():
+            if not key.startswith(prefix) or isinstance(value, str):  # `sequence` names samplers: not a number
+                continue
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise self.error(key, show(value), "a finite number")
+            found[key.removeprefix(prefix)] = value
+        return found
+
+    def check_tensors(self, config: ModelConfig) -> None:
+        """Every tensor that the architecture needs is there in its shape, and no other is."""
+        row, tensors = self.row, self.file.tensors
+        sizes = {
+            "n_embd": config.n_embd,
+            "n_vocab": config.n_vocab,
+            "n_ff": config.n_ff,
+            "n_q": config.n_head * config.head_dim_k,
+            "n_k": config.n_head_kv * config.head_dim_k,
+            "n_v": config.n_head_kv * config.head_dim_v,
+            "n_att": config.n_head * config.head_dim_v,
+            "n_rot": config.rope_dim // 2,
+        }
+        optional = {name for name in row.block_optional if f"blk.0.{name}" in tensors}
+        if len(optional & {"attn_q.bias", "attn_k.bias", "attn_v.bias"}) in (1, 2):
+            raise self.unsupported("biases on only some of attn_q, attn_k and attn_v are not supported")
+        wanted: dict[str, Shape] = dict(row.model_required)
+        wanted |= {name: shape for name, shape in row.model_optional.items() if name in tensors}
+        block = dict(row.block_required) | {name: row.block_optional[name] for name in optional}
+        if self.n_layer * len(block) > len(tensors):  # before n_layer is used as a loop count
+            raise self.error(f"{row.name}.block_count", self.n_layer, f"few enough for {len(tensors)} tensors")
+        wanted |= {f"blk.{i}.{name}": shape for i in range(self.n_layer) for name, shape in block.items()}
+        for name, shape in wanted.items():
+            expected = tuple(sizes[size] for size in shape)
+            info: Any = tensors.get(name)
+            if info is None or info.shape != expected:
+                got = "no such tensor" if info is None else f"shape {info.shape}"
+                raise FormatError(self.file.path, f"tensor {show(name)}", got, f"shape {expected}")
+        for name in tensors:
+            if name not in wanted:
+                raise self.unsupported(f"tensor {show(name)} is not one that {row.name} models are run with")
+
+
+def _refuse_other_kinds(file: GGUFFile) -> None:
+    kind = file.get("general.type", "model", str)
+    if kind != "model":
+        raise UnsupportedError(f"{file.path}: a file of type {show(kind)} is not a model that can be run")
+    parts = file.get("split.count", 1, int)
+    if parts > 1:
+        raise UnsupportedError(f"{file.path}: one of {parts} parts of a split model; merge them (llama-gguf-split)")
