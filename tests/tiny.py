@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import naive
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, TokenType
 
-import naive
-
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
-    " + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    " + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _GPT2_CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _GPT2_MERGES = (
@@ -112,8 +112,8 @@ def make_tiny_model(
 ) -> Path:
     """Write a valid model file and return its path; the same arguments write the same bytes.
 
-    qtype is the type of all matrices, `types` overrides it by tensor name; K-quants need n_embd and n_ff that are
-    multiples of 256. biases (q, k, v) default to what the architecture has; metadata adds keys as they are.
+    qtype is the type of all matrices, `types` overrides it by tensor name; K-quants need n_embd and n_ff that
+    are multiples of 256. biases (q, k, v) default to what the architecture has; metadata adds keys as given.
     """
     head_dim = n_embd // n_head if head_dim is None else head_dim
     biases = arch == "qwen2" if biases is None else biases
@@ -137,14 +137,15 @@ def make_tiny_model(
     if sliding_window:
         writer.add_sliding_window(sliding_window)
     _write_rope(writer, arch, rope)
-    {"gpt2": lambda: _gpt2_vocabulary(writer, n_vocab, pre), "llama": lambda: _llama_vocabulary(writer, n_vocab)}[
-        tokenizer
-    ]()
+    if tokenizer == "gpt2":
+        _gpt2_vocabulary(writer, n_vocab, pre)
+    else:
+        _llama_vocabulary(writer, n_vocab)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     for key, value in (metadata or {}).items():
-        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-        add[type(value)](key, value)  # type: ignore[operator]
+        kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
+        getattr(writer, f"add_{kind}")(key, value)
 
     def matrix(tensor: str, n_rows: int, n_cols: int, std: float | None = None) -> None:
         kind = GGMLQuantizationType[(types or {}).get(tensor, qtype)]
