@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import UnsupportedError
+from .gguf_header import show
 
 # Shapes are in ggml order (row length first), in names that ModelConfig resolves: n_q = n_head * head_dim_k,
 # n_k and n_v = n_head_kv * head_dim_k or _v, n_att = n_head * head_dim_v, n_rot = rope_dim / 2.
 Shape = tuple[str, ...]
 
 _MODEL: Mapping[str, Shape] = {"token_embd.weight": ("n_embd", "n_vocab"), "output_norm.weight": ("n_embd",)}
-_MODEL_OPTIONAL: Mapping[str, Shape] = {"output.weight": ("n_embd", "n_vocab"), "rope_freqs.weight": ("n_rot",)}
+_MODEL_OPTIONAL: Mapping[str, Shape] = {
+    "output.weight": ("n_embd", "n_vocab"),
+    "rope_freqs.weight": ("n_rot",),
+}
 _BLOCK: Mapping[str, Shape] = {
     "attn_norm.weight": ("n_embd",),
     "attn_q.weight": ("n_embd", "n_q"),
@@ -45,9 +49,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
     for row in (
         # Llama 1-3, Mistral, SmolLM2, TinyLlama, Yi: their files all say "llama".
-        Architecture(
-            "llama", "norm", "silu", _MODEL, _MODEL_OPTIONAL, _BLOCK, {**_QKV_BIAS, **_OUTPUT_BIAS}
-        ),
+        Architecture("llama", "norm", "silu", _MODEL, _MODEL_OPTIONAL, _BLOCK, {**_QKV_BIAS, **_OUTPUT_BIAS}),
         Architecture("qwen2", "neox", "silu", _MODEL, _MODEL_OPTIONAL, {**_BLOCK, **_QKV_BIAS}, {}),
     )
 }
@@ -57,5 +59,5 @@ def lookup(name: str) -> Architecture:
     """The row of that name; UnsupportedError lists the supported ones."""
     if name not in ARCHITECTURES:
         supported = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedError(f"architecture {ascii(name)[:80]} is not supported; supported: {supported}")
+        raise UnsupportedError(f"architecture {show(name)} is not supported; supported: {supported}")
     return ARCHITECTURES[name]

@@ -10,17 +10,18 @@ import numpy as np
 
 from .architectures import Architecture, Shape, lookup
 from .errors import FormatError, UnsupportedError
-from .gguf import GGUFFile, show
+from .gguf import GGUFFile
+from .gguf_header import show
 
-MAX_INT = 2**31 - 1  # every size and count is a C int somewhere
+MAX_INT = 2**31 - 1  # the largest int32: positions and token ids are of that type
 _SCALING_KINDS = ("none", "linear", "yarn")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How positions are stretched beyond the trained context; factor = 1 / ggml's freq_scale.
+    """How positions are stretched beyond the trained context; factor is 1 / ggml's freq_scale.
 
-    YaRN with ext_factor != 0 scales the rotated vectors by attn_factor * (1 + 0.1 ln factor), as ggml does.
+    As in ggml, rotated vectors are scaled by attn_factor, and if ext_factor != 0 by 1 + 0.1 ln(factor) too.
     """
 
     kind: str = "none"  # none, linear or yarn
@@ -62,7 +63,7 @@ class ModelConfig:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> ModelConfig:
-        """Read and check a file's metadata and tensor shapes: FormatError if broken, UnsupportedError if foreign."""
+        """Read and check metadata and tensor shapes: FormatError if broken, UnsupportedError if foreign."""
         return _Reader(file).config()
 
 
@@ -94,14 +95,14 @@ class _Reader:
         if n_head % n_head_kv:
             key = f"{row.name}.attention.head_count_kv"
             raise self.error(key, n_head_kv, f"a divisor of head_count = {n_head}")
-        head_dim_k = self.integer("attention.key_length", 1, self.default_head_dim(n_embd, n_head))
-        head_dim_v = self.integer("attention.value_length", 1, head_dim_k)
+        head_dim_k = self.head_dim("attention.key_length", n_embd, n_head)
+        head_dim_v = self.head_dim("attention.value_length", n_embd, n_head)
         rope_dim = self.integer("rope.dimension_count", 2, head_dim_k)
         if rope_dim % 2 or rope_dim > head_dim_k:
             key = f"{row.name}.rope.dimension_count"
             raise self.error(key, rope_dim, f"an even number up to the head size {head_dim_k}")
         n_ctx_train = self.integer("context_length", 1)
-        scale = self.number("attention.scale", 0.0, low=0.0)
+        scale = self.number("attention.scale", 0.0, 0.0, 1e6)
         config = ModelConfig(
             arch=row.name,
             name=file.get("general.name", file.path.stem, str),
@@ -114,9 +115,9 @@ class _Reader:
             head_dim_k=head_dim_k,
             head_dim_v=head_dim_v,
             n_ff=self.integer("feed_forward_length", 1),
-            norm_eps=self.number("attention.layer_norm_rms_epsilon", None, low=0.0, high=1.0),
+            norm_eps=self.number("attention.layer_norm_rms_epsilon", None, 0.0, 1.0),
             rope_dim=rope_dim,
-            rope_base=self.number("rope.freq_base", 10000.0, above=0.0),
+            rope_base=self.number("rope.freq_base", 10000.0, 2.0, 1e30),
             rope_style=row.rope_style,
             rope_scaling=self.rope_scaling(n_ctx_train),
             sliding_window=self.sliding_window(),
@@ -131,7 +132,7 @@ class _Reader:
         return config
 
     def integer(self, suffix: str, low: int, default: int | None = None) -> int:
-        """An integer of {arch}.suffix in [low, MAX_INT]; an array of one equal value per layer counts as one."""
+        """{arch}.suffix in [low, MAX_INT]; an array with one equal value for each layer counts as one."""
         key = f"{self.row.name}.{suffix}"
         if key not in self.file.metadata:
             if default is None:
@@ -148,31 +149,22 @@ class _Reader:
             raise self.error(key, show(value), f"an integer from {low} to {MAX_INT}")
         return value
 
-    def number(
-        self,
-        suffix: str,
-        default: float | None,
-        low: float = -math.inf,
-        high: float = math.inf,
-        above: float = -math.inf,
-    ) -> float:
-        """A finite float of {arch}.suffix in [low, high] and > above."""
+    def number(self, suffix: str, default: float | None, low: float, high: float) -> float:
+        """{arch}.suffix as a float in [low, high], so that float32 arithmetic on it stays finite."""
         key = f"{self.row.name}.{suffix}"
         value = self.file.get(key, default, float)
         if value is None:
             raise self.error(key, "no such key", "a number")
-        if not (math.isfinite(value) and low <= value <= high and value > above):
-            bound = f"> {above:g}" if above > -math.inf else f"from {low:g} to {high:g}"
-            raise self.error(key, value, f"a finite number {bound}")
+        if not low <= value <= high:  # a NaN is in no range
+            raise self.error(key, value, f"a number from {low:g} to {high:g}")
         return float(value)
 
-    def default_head_dim(self, n_embd: int, n_head: int) -> int | None:
-        """n_embd / n_head, which only counts where the file gives no key_length."""
-        if f"{self.row.name}.attention.key_length" in self.file.metadata:
-            return None
-        if n_embd % n_head:
-            raise self.error(f"{self.row.name}.attention.head_count", n_head, f"a divisor of n_embd = {n_embd}")
-        return n_embd // n_head
+    def head_dim(self, suffix: str, n_embd: int, n_head: int) -> int:
+        """{arch}.suffix; n_embd / n_head where the file has no such key."""
+        if f"{self.row.name}.{suffix}" not in self.file.metadata and n_embd % n_head:
+            wanted = f"a divisor of embedding_length = {n_embd}"
+            raise self.error(f"{self.row.name}.attention.head_count", n_head, wanted)
+        return self.integer(suffix, 1, n_embd // n_head)
 
     def vocabulary(self) -> int:
         info = self.file.tensors.get("token_embd.weight")
@@ -181,7 +173,8 @@ class _Reader:
             raise FormatError(self.file.path, "tensor 'token_embd.weight'", got, "a matrix")
         tokens = self.file.get("tokenizer.ggml.tokens", None, list)
         if tokens is not None and len(tokens) != info.shape[1]:
-            raise self.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", f"{info.shape[1]}, as token_embd has")
+            wanted = f"{info.shape[1]}, the rows of token_embd.weight"
+            raise self.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", wanted)
         return info.shape[1]
 
     def sliding_window(self) -> int:
@@ -196,29 +189,33 @@ class _Reader:
         if kind not in _SCALING_KINDS:
             supported = ", ".join(_SCALING_KINDS)
             raise self.unsupported(f"rope scaling type {show(kind)} is not supported; supported: {supported}")
-        # Old files have rope.scale_linear; as in llama.cpp, 0 means no scaling.
-        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0, low=0.0), low=0.0) or 1.0
-        attn = self.number("rope.scaling.attn_factor", 1.0, above=0.0)
+        # Old files have rope.scale_linear; as in llama.cpp, a factor of 0 means none.
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0.0, 0.0, 1e6), 0.0, 1e6)
+        if 0.0 < factor < 1e-6:
+            raise self.error(f"{prefix}.factor", factor, "0 (none), or a number from 1e-06 to 1e+06")
+        factor = factor or 1.0
+        attn = self.number("rope.scaling.attn_factor", 1.0, 1e-6, 1e6)
         if kind != "yarn":
             kind = "linear" if kind == "linear" and factor != 1.0 else "none"
             return RopeScaling(kind, factor if kind == "linear" else 1.0, n_ctx_train, attn_factor=attn)
-        if self.number("rope.scaling.yarn_log_multiplier", 0.0):
+        if self.file.get(f"{prefix}.yarn_log_multiplier", 0.0, float) != 0.0:
             raise self.unsupported("rope scaling with a yarn_log_multiplier is not supported")
         return RopeScaling(
             kind,
             factor,
             orig_ctx=self.integer("rope.scaling.original_context_length", 1, n_ctx_train),
-            ext_factor=self.number("rope.scaling.yarn_ext_factor", 1.0),
-            attn_factor=attn * self.number("rope.scaling.yarn_attn_factor", 1.0, above=0.0),
-            beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0, above=0.0),
-            beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0, above=0.0),
+            ext_factor=self.number("rope.scaling.yarn_ext_factor", 1.0, 0.0, 1e6),
+            attn_factor=attn * self.number("rope.scaling.yarn_attn_factor", 1.0, 1e-6, 1e6),
+            beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0, 1e-6, 1e6),
+            beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0, 1e-6, 1e6),
         )
 
     def sampling(self) -> dict[str, float | int]:
         prefix = "general.sampling."
         found: dict[str, float | int] = {}
         for key, value in self.file.metadata.items():
-            if not key.startswith(prefix) or isinstance(value, str):  # `sequence` names samplers: not a number
+            # A string (`sequence`, the samplers' order) sets no number of ours.
+            if not key.startswith(prefix) or isinstance(value, str):
                 continue
             if type(value) not in (int, float) or not math.isfinite(value):
                 raise self.error(key, show(value), "a finite number")
@@ -245,7 +242,8 @@ class _Reader:
         wanted |= {name: shape for name, shape in row.model_optional.items() if name in tensors}
         block = dict(row.block_required) | {name: row.block_optional[name] for name in optional}
         if self.n_layer * len(block) > len(tensors):  # before n_layer is used as a loop count
-            raise self.error(f"{row.name}.block_count", self.n_layer, f"few enough for {len(tensors)} tensors")
+            wanted_layers = f"at most {len(tensors) // len(block)}, as there are {len(tensors)} tensors"
+            raise self.error(f"{row.name}.block_count", self.n_layer, wanted_layers)
         wanted |= {f"blk.{i}.{name}": shape for i in range(self.n_layer) for name, shape in block.items()}
         for name, shape in wanted.items():
             expected = tuple(sizes[size] for size in shape)
@@ -264,4 +262,4 @@ def _refuse_other_kinds(file: GGUFFile) -> None:
         raise UnsupportedError(f"{file.path}: a file of type {show(kind)} is not a model that can be run")
     parts = file.get("split.count", 1, int)
     if parts > 1:
-        raise UnsupportedError(f"{file.path}: one of {parts} parts of a split model; merge them (llama-gguf-split)")
+        raise UnsupportedError(f"{file.path}: one of {parts} parts of a split model; merge them first")

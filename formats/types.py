@@ -1,7 +1,7 @@
 """The tensor types of GGUF: name, number, block size and bytes per block.
 
-Our own table, because `import gguf.constants` runs the whole gguf package (yaml, sentencepiece, mistral_common
-where installed): 50-65 ms on top of NumPy at every start. Numbers and names are gguf's, and a test compares them.
+Our own table, because importing gguf.constants runs all of gguf (yaml, sentencepiece, mistral_common
+where installed): 55 ms on top of NumPy at every start, 97 ms cold. A test compares the table with gguf's.
 """
 
 from __future__ import annotations
