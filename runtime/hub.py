@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 
 from ..formats.errors import DownloadError, HotcoldError, ModelNotFoundError, UnsupportedError
 
+STORAGE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 SPLIT_FILE = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
@@ -101,7 +103,7 @@ def _translated(exc: Exception, repo: str, file: str | None) -> Exception:
         return ModelNotFoundError(f"{what}: no such file in the repository")
     if isinstance(exc, errors.HFValidationError):
         return ModelNotFoundError(f"{what}: not a repository name: {_first_line(exc)}")
-    if type(exc) in (OSError, PermissionError) and exc.errno is not None:
+    if isinstance(exc, OSError) and type(exc).__module__ == "builtins" and exc.errno in STORAGE:
         return exc
     cause: BaseException = exc
     while cause.__cause__ is not None:  # the hub wraps what the network said in advice about its cache

