@@ -22,7 +22,7 @@ import numpy as np
 import typer
 
 from ..formats.errors import UnsupportedError
-from . import console
+from . import console, options
 from .bench_peer import peak_rss
 
 if TYPE_CHECKING:
@@ -39,11 +39,20 @@ class Against(str, Enum):
     llama_cpp = "llama-cpp-python"
 
 
-PromptLength = Annotated[int, typer.Option("--n-prompt", "-p", min=1, help="Tokens in the prompt.")]
-DecodeLength = Annotated[int, typer.Option("--n-gen", "-n", min=1, help="Tokens to decode.")]
-Repetitions = Annotated[int, typer.Option("--repetitions", "-r", min=1, help="Measurements of each kind.")]
-Peer = Annotated[Against | None, typer.Option("--against", help="Measure this package too, taking turns.")]
-PeerPython = Annotated[Path | None, typer.Option("--peer-python", help="The Python that has that package.")]
+PromptLength = Annotated[
+    int, typer.Option("--n-prompt", "-p", min=1, metavar="N", help="Tokens in the prompt.")
+]
+DecodeLength = Annotated[int, typer.Option("--n-gen", "-n", min=1, metavar="N", help="Tokens to decode.")]
+Repetitions = Annotated[
+    int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Measurements of each kind.")
+]
+Peer = Annotated[
+    Against | None,
+    typer.Option("--against", metavar="llama-cpp-python", help="Measure this package too, taking turns."),
+]
+PeerPython = Annotated[
+    Path | None, typer.Option("--peer-python", metavar="PATH", help="The Python that has that package.")
+]
 
 
 class Side(Protocol):
@@ -166,14 +175,14 @@ class Theirs:
 
 
 def bench(
-    model: console.Model,
+    model: options.Model,
     n_prompt: PromptLength = 512,
     n_gen: DecodeLength = 64,
     repetitions: Repetitions = 5,
-    threads: console.Threads = None,
+    threads: options.Threads = None,
     against: Peer = None,
     peer_python: PeerPython = None,
-    as_json: console.AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure speed, start-up time and peak memory."""
     path = console.find_model(model)

@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..formats.errors import HotcoldError, ParameterError
-from . import console
+from . import console, options
 from .conversation import Conversation
 from .run import read_stdin
 
@@ -21,33 +21,32 @@ if TYPE_CHECKING:
 
 FENCE = '"""'
 
-Model = Annotated[str, typer.Argument(help=console.MODEL_HELP)]
 Length = Annotated[
     int, typer.Option("--n-predict", "-n", min=-1, metavar="N", help="Tokens per answer; -1 is no limit.")
 ]
 
 
 def chat(
-    model: Model = console.DEFAULT_MODEL,
-    system: console.System = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    system: options.System = None,
     n_predict: Length = -1,
-    temp: console.Temp = None,
-    top_k: console.TopK = None,
-    top_p: console.TopP = None,
-    min_p: console.MinP = None,
-    repeat_penalty: console.RepeatPenalty = None,
-    seed: console.Seed = None,
-    threads: console.Threads = None,
-    ctx: console.Context = None,
+    temp: options.Temp = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    ctx: options.Context = None,
 ) -> None:
     """Chat with a model, or answer what is piped in."""
     interactive = sys.stdin.isatty()
     question = "" if interactive else read_stdin().strip()
     if not interactive and not question:
         raise ParameterError("stdin: got nothing, wanted a message; run `hotcold chat` in a terminal to talk")
-    options = console.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
+    chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     with console.open_llm(model, ctx, threads) as llm:
-        talk = Conversation(llm, model, system, options, n_predict)
+        talk = Conversation(llm, model, system, chosen, n_predict)
         if interactive:
             Repl(talk).run()
             return

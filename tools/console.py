@@ -1,4 +1,4 @@
-"""What the commands share on the terminal: the options, progress lines, opening a model, safe printing."""
+"""What the commands share on the terminal: progress lines, opening a model, safe printing."""
 
 from __future__ import annotations
 
@@ -6,48 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from ..runtime.llm import LLM
     from ..runtime.models import Progress
-
-DEFAULT_MODEL = "smollm2"
-MODEL_HELP = "A GGUF file, an alias (smollm2), hf:ORG/REPO/FILE.gguf or ORG/REPO:QUANT."
-
-Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
-System = Annotated[str | None, typer.Option("--system", "-sys", metavar="TEXT", help="System prompt.")]
-Temp = Annotated[
-    float | None,
-    typer.Option("--temp", "--temperature", min=0.0, metavar="T", help="Temperature; 0 is greedy."),
-]
-TopK = Annotated[
-    int | None, typer.Option("--top-k", metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")
-]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", metavar="P", help="Keep the likeliest up to this probability.")
-]
-MinP = Annotated[
-    float | None, typer.Option("--min-p", metavar="P", help="Drop tokens below this part of the top one's.")
-]
-RepeatPenalty = Annotated[
-    float | None,
-    typer.Option("--repeat-penalty", metavar="X", help="Penalise tokens of the last 64; 1 is off."),
-]
-Seed = Annotated[
-    int | None, typer.Option("--seed", "-s", metavar="N", help="Same seed, same text; -1: random.")
-]
-Threads = Annotated[int | None, typer.Option("--threads", "-t", min=1, metavar="N", help="CPU threads.")]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        "--ctx", "--ctx-size", "-c", min=0, metavar="N", help="Context in tokens; 0 is the model's."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
 
@@ -173,23 +137,3 @@ def open_engine(name: str, n_ctx: int | None, n_threads: int | None) -> Iterator
             yield engine
     finally:
         status.clear()
-
-
-def sampling(
-    temp: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repeat_penalty: float | None,
-    seed: int | None,
-) -> dict[str, Any]:
-    """The options that were given, under SamplingParams' names; the others stay the model's own."""
-    given = {
-        "temperature": temp,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repeat_penalty": repeat_penalty,
-        "seed": None if seed == -1 else seed,
-    }
-    return {name: value for name, value in given.items() if value is not None}

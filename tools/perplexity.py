@@ -19,7 +19,7 @@ import numpy as np
 import typer
 
 from ..formats.errors import ParameterError
-from . import console
+from . import console, options
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
@@ -28,9 +28,11 @@ LOGITS_BYTES = 128 << 20  # of logits that one eval may return
 BLOCK_ROWS = 32
 
 TextFile = Annotated[Path, typer.Argument(metavar="TEXTFILE", help="UTF-8 text to predict.")]
-Window = Annotated[int, typer.Option("--ctx", "--ctx-size", "-c", min=8, help="Tokens in a window.")]
+Window = Annotated[
+    int, typer.Option("--ctx", "--ctx-size", "-c", min=8, metavar="N", help="Tokens in a window.")
+]
 Chunks = Annotated[
-    int, typer.Option("--chunks", min=-1, help="Score only the first N windows; -1 scores all.")
+    int, typer.Option("--chunks", min=-1, metavar="N", help="Score the first N windows; -1 scores all.")
 ]
 
 
@@ -61,12 +63,12 @@ class Estimate:
 
 
 def perplexity(
-    model: console.Model,
+    model: options.Model,
     textfile: TextFile,
     ctx: Window = 512,
     chunks: Chunks = -1,
-    threads: console.Threads = None,
-    as_json: console.AsJson = False,
+    threads: options.Threads = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text."""
     text = textfile.read_text(encoding="utf-8", errors="replace")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console
+from . import console, options
 from .console import note, open_llm
 
 if TYPE_CHECKING:
@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 
 RAW_LENGTH = 256
 
-Prompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads stdin.")
-]
-PromptFile = Annotated[
-    Path | None, typer.Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")
-]
 Length = Annotated[
     int | None,
     typer.Option(
@@ -30,59 +24,60 @@ Length = Annotated[
         "-n",
         metavar="N",
         min=-1,
-        help=f"Tokens at most; -1: to the end. [{RAW_LENGTH}, with --chat -1]",
+        help=f"Tokens at most [{RAW_LENGTH}; --chat: -1, no limit].",
     ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Use the model's chat template: the prompt is a message.")]
-Stats = Annotated[bool, typer.Option("--stats", help="Print timings to stderr afterwards.")]
+Timings = Annotated[bool, typer.Option("--stats", help="Print timings to stderr afterwards.")]
 
 
 def run(
-    model: console.Model,
-    prompt: Prompt = None,
-    file: PromptFile = None,
+    model: options.Model,
+    prompt: options.Prompt = None,
+    file: options.PromptFile = None,
     chat: Chat = False,
-    system: console.System = None,
+    system: options.System = None,
     n_predict: Length = None,
-    temp: console.Temp = None,
-    top_k: console.TopK = None,
-    top_p: console.TopP = None,
-    min_p: console.MinP = None,
-    repeat_penalty: console.RepeatPenalty = None,
-    seed: console.Seed = None,
-    threads: console.Threads = None,
-    ctx: console.Context = None,
-    stats: Stats = False,
+    temp: options.Temp = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repeat_penalty: options.RepeatPenalty = None,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+    ctx: options.Context = None,
+    timings: Timings = False,
 ) -> None:
     """Complete a prompt, or answer it (--chat)."""
     text = _prompt(prompt, file)
     if system is not None and not chat:
         raise typer.BadParameter("a system prompt needs --chat", param_hint="--system")
-    options = console.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
+    chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     if n_predict is None:
         n_predict = -1 if chat else RAW_LENGTH
-    options["max_tokens"] = None if n_predict < 0 else n_predict
+    chosen["max_tokens"] = None if n_predict < 0 else n_predict
     with open_llm(model, ctx, threads) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})
-            pieces = llm.stream_chat(messages, **options)
+            pieces = llm.stream_chat(messages, **chosen)
         else:
-            pieces = llm.stream(text, **options)
+            pieces = llm.stream(text, **chosen)
         clean = console.printable if sys.stdout.isatty() else str
         with closing(pieces):
             for piece in pieces:
                 sys.stdout.write(clean(piece))
                 sys.stdout.flush()
         sys.stdout.write("\n")
-        if stats:
+        if timings:
             note(describe(llm.stats()))
 
 
 def describe(stats: Stats) -> str:
     """One line on the last answer: prompt and answer tokens, speeds, context used."""
     return (
-        f"prompt {stats.prompt_tokens} tokens ({stats.reused_tokens} cached, {stats.prompt_tok_s:.1f} tok/s), "
+        f"prompt {stats.prompt_tokens} tokens "
+        f"({stats.reused_tokens} cached; {stats.prompt_tok_s:.1f} tok/s), "
         f"answer {stats.decode_tokens} tokens ({stats.decode_tok_s:.1f} tok/s), "
         f"context {stats.context_used} of {stats.n_ctx}"
     )

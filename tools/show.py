@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from . import console
+from . import console, options
 from .console import human_bytes, printable
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ LONG, HEAD = 16, 6
 File = Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file, or a model's alias or reference.")]
 
 
-def inspect(file: File, as_json: console.AsJson = False) -> None:
+def inspect(file: File, as_json: options.AsJson = False) -> None:
     """Show a file's metadata, tensors and sizes."""
     from ..formats.gguf import GGUFFile
 
