@@ -1,0 +1,108 @@
+"""Compile kernels to object files: the child process that jit.py starts, `python -m hotcold.runtime.cpu.compile`.
+
+Numba lives only here, so that a warm start needs neither its import time nor its memory, and several children
+compile at once. Arguments: an output folder, then kernel names. One line `done NAME` is printed for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+from numba import types
+from numba.core.ccallback import CFunc
+
+SYMBOL = "hotcold_kernel"
+FAMILIES = {
+    "walk": "tape",
+    "embed": "embed",
+    "norm": "norm",
+    "pack": "pack",
+    "activate": "pack",
+    "matmul": "matmul",
+    "rope": "rope",
+    "attention": "attention",
+}
+OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}, "boundscheck": False}
+
+
+def build(name: str) -> tuple[Any, Any]:
+    """The Python function and Numba signature of a kernel named `family` or `family:variant`."""
+    family, _, variant = name.partition(":")
+    module = import_module(f".{FAMILIES[family]}", __package__)
+    function = module.build(family, variant)
+    arity = function.__code__.co_argcount
+    return function, types.void(*[types.intp] * arity)
+
+
+def to_module(name: str) -> Any:
+    """The optimised LLVM module of a kernel, with SYMBOL as its only public function."""
+    function, signature = build(name)
+    kernel = CFunc(function, (signature.args, signature.return_type), locals={}, options=OPTIONS)
+    result: Any = kernel._compile_uncached()
+    module = llvm.parse_assembly(result.library.get_llvm_str())
+    module.link_in(llvm.parse_assembly(_entry(result.fndesc.llvm_func_name, len(signature.args))))
+    for symbol in (*module.functions, *module.global_variables):
+        if not symbol.is_declaration:
+            symbol.linkage = "external" if symbol.name == SYMBOL else "internal"
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, llvm.create_pass_builder(_machine(), llvm.create_pipeline_tuning_options(3)))
+    return module
+
+
+def _entry(native: str, arity: int) -> str:
+    """LLVM text of the public function. It calls Numba's native one past the wrapper for C, whose error handling needs
+    Numba's runtime; kernels cannot raise."""
+    arguments = ", ".join(f"i64 %a{i}" for i in range(arity))
+    types_only = ", ".join(["i64"] * arity)
+    return f"""
+        declare i32 @"{native}"(ptr, ptr, {types_only})
+        define void @{SYMBOL}({arguments}) {{
+            %result = alloca ptr
+            %error = alloca ptr
+            %status = call i32 @"{native}"(ptr %result, ptr %error, {arguments})
+            ret void
+        }}
+    """
+
+
+def _machine() -> Any:
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    return target.create_target_machine(
+        cpu=os.environ["NUMBA_CPU_NAME"], features=os.environ.get("NUMBA_CPU_FEATURES", ""), opt=3, reloc="pic", jit=True
+    )
+
+
+def assembly(name: str) -> str:
+    """The kernel's machine code as text, for the curious: `python -m hotcold.runtime.cpu.compile --asm NAME`."""
+    return str(_machine().emit_assembly(to_module(name)))
+
+
+def write(folder: Path, name: str) -> None:
+    """Compile one kernel into `folder`, whole or not at all: a SHA-256 digest, then the object code."""
+    code = _machine().emit_object(to_module(name))
+    final = folder / (name.replace(":", "-") + ".o")
+    part = final.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(hashlib.sha256(code).digest() + code)
+    os.replace(part, final)
+
+
+def main(arguments: list[str]) -> None:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    if arguments[0] == "--asm":
+        print(assembly(arguments[1]))
+        return
+    for name in arguments[1:]:
+        write(Path(arguments[0]), name)
+        print("done", name, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,101 @@
+"""Token embeddings: rows of the embedding table as float32, one kernel a weight type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .layout import Embed, Step
+from .simd import (
+    atomic_add,
+    f16_at,
+    fma,
+    hsum,
+    i32_at,
+    i64_at,
+    load_bf16,
+    load_f16,
+    load_f32,
+    part,
+    put_f32,
+    splat_f32,
+    spread,
+    store,
+    unsigned_to_f32,
+)
+from .weights import FLOAT, PLAIN, SUPER, inline
+
+
+def build(family: str, variant: str) -> Any:
+    args_of, step_of = Embed, Step
+    dequantise = _dequantiser(variant)
+
+    def embed(args, step, ith, nth):
+        n_tok, ids = i64_at(step + step_of.n_tok), i64_at(step + step_of.ids)
+        w, out, k, row_bytes = (
+            i64_at(args + args_of.w),
+            i64_at(args + args_of.out),
+            i64_at(args + args_of.k),
+            i64_at(args + args_of.row_bytes),
+        )
+        while True:
+            t = atomic_add(args, 1)
+            if t >= n_tok:
+                break
+            dequantise(w + i32_at(ids + t * 4) * row_bytes, out + t * k * 4, k)
+
+    return embed
+
+
+def _dequantiser(variant: str) -> Any:
+    """(row address, output address, k): one row as float32."""
+    if variant in FLOAT:
+        size = FLOAT[variant]
+        load = {"F32": load_f32, "F16": load_f16, "BF16": load_bf16}[variant]
+
+        @inline
+        def floats(p, to, k):
+            for i in range(k):
+                put_f32(to + i * 4, hsum(load(p + i * size, 1)))
+
+        return floats
+    if variant in PLAIN:
+        t = PLAIN[variant]
+        n_bytes, quants, has_min, offset = t.n_bytes, t.quants, t.has_min, -float(t.offset)
+
+        @inline
+        def plain(p, to, k):
+            for b in range(k // 32):
+                d = f16_at(p)
+                m = f16_at(p + 2) if has_min else d * offset
+                store(to + b * 128, fma(unsigned_to_f32(quants(p)), splat_f32(d, 32), splat_f32(m, 32)))
+                p += n_bytes
+
+        return plain
+    s = SUPER[variant]
+    n_bytes, quants, scales, minima, has_min, offset = s.n_bytes, s.quants, s.scales, s.minima, s.has_min, -float(s.offset)
+    n_sub, group, per_32 = 256 // s.group, s.group, 32 // s.group
+
+    @inline
+    def put(u, sc, mn, first, to):
+        store(to, fma(unsigned_to_f32(u), spread(sc, first, group, 32), spread(mn, first, group, 32)))
+
+    half_sub = n_sub // 2
+
+    @inline
+    def put_half(us, sc, mn, to):
+        u0, u1, u2, u3 = us
+        put(u0, sc, mn, 0, to)
+        put(u1, sc, mn, per_32, to + 128)
+        put(u2, sc, mn, 2 * per_32, to + 256)
+        put(u3, sc, mn, 3 * per_32, to + 384)
+
+    @inline
+    def blocks(p, to, k):
+        for i in range(k // 256):
+            sc = scales(p)
+            mn = minima(p) if has_min else sc * splat_f32(offset, n_sub)
+            put_half(quants(p, 0), sc, mn, to + i * 1024)
+            put_half(quants(p, 1), part(sc, half_sub, half_sub), part(mn, half_sub, half_sub), to + i * 1024 + 512)
+            p += n_bytes
+
+    return blocks

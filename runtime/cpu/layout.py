@@ -1,0 +1,59 @@
+"""Sizes and argument records that kernels and the Python side share; imports no Numba.
+
+Activations reach a matmul *packed* in one of two ways, by the step's token count:
+
+rows   (below TILE_MIN tokens), for each token: int8 quants [k], then for every 4 weights one lane of float32 scale
+       (xd), of int32 negated quant sum (xn) and of float32 scaled quant sum (xs).
+panels (from TILE_MIN tokens on), for each TOKENS tokens: quants [k / 4][TOKENS][4], float32 scales [k / 32][TOKENS]
+       (xd), scaled quant sums by 16 weights [k / 16][TOKENS] (xn) and by 32 [k / 32][TOKENS] (xs).
+
+Float weights take float32 activations (xf): [k] a token, or [k][TOKENS] a panel.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+
+def record(name: str, fields: str) -> Any:
+    """A named tuple of byte offsets: `record("Norm", "x w")` is (x=8, w=16); offset 0 is the chunk counter."""
+    names = fields.split()
+    return namedtuple(name, ["counter", *names])(*range(0, 8 * (len(names) + 1), 8))
+
+
+# What a step tells the kernels: token counts, and addresses of int32 arrays with one entry a token.
+# tiles: int32 rows (first token, tokens, sequence) for attention; tables: int64 addresses of block tables.
+Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots")
+# Shared by the threads of a walk, one cache line each.
+Sync = namedtuple("Sync", "arrived phase yield_function")(0, 64, 128)
+
+TILE_MIN = 8  # tokens from which on the tiled kernel is used
+PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
+PANEL_ROWS = 16  # most weight rows in a register tile
+KV_BLOCK = 32  # tokens in a block of the KV cache
+QUERY_TILE = 8  # query tokens that share one pass over the KV cache
+
+_PACKED = "xq xd xn xs xf quantised floats"
+MatMul = record("MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes")
+Pack = record("Pack", f"src second k stride count segment scratch scratch_bytes {_PACKED}")
+Norm = record("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")
+Embed = record("Embed", "w out k row_bytes")
+Rope = record("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")
+Attention = record("Attention", "q out n_head n_kv dim_k dim_v keys values scale window scratch scratch_bytes")
+
+
+def packed_bytes(k: int, tokens: int, quantised: bool) -> dict[str, int]:
+    """Bytes of each packed array for up to `tokens` tokens of k activations (k a multiple of 32 if quantised)."""
+    tokens = -(-tokens // PANEL_TOKENS) * PANEL_TOKENS
+    if not quantised:
+        return {"xf": tokens * k * 4}
+    lanes = min(tokens, TILE_MIN) * k
+    return {"xq": tokens * k, "xd": max(lanes, tokens * k // 8), "xn": max(lanes, tokens * k // 4), "xs": max(lanes, tokens * k // 8)}
+
+
+def panel_bytes(k: int, group: int) -> int:
+    """Scratch bytes of one unpacked panel of PANEL_ROWS weight rows; group 0 means float weights."""
+    if group == 0:
+        return PANEL_ROWS * k * 4
+    return PANEL_ROWS * (k + 8 * (k // group))

@@ -1,0 +1,116 @@
+"""Packing activations for the matmuls (layout.py has the layouts), and the FFN's activation function before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .layout import TILE_MIN, Pack
+from .matmul import TOKENS
+from .simd import (
+    LANES,
+    atomic_add,
+    concat,
+    dot4,
+    f32_at,
+    hmax,
+    hsum,
+    i64_at,
+    load_f32,
+    narrow_i8,
+    part,
+    put_f32,
+    round_to_i32,
+    splat_f32,
+    splat_i32,
+    store,
+    store_dwords,
+    to_f32,
+    vabs,
+    vmax,
+)
+from .vmath import silu
+from .weights import inline
+
+_tile_min, _tokens, _lanes = TILE_MIN, TOKENS, LANES
+
+
+@inline
+def quantise(src):
+    """32 floats -> (32 int8, scale): symmetric, scale = max|x| / 127, to nearest."""
+    x = load_f32(src, 32)
+    top = hmax(vabs(x))
+    scale = top / 127.0
+    inverse = 127.0 / top if top > 0.0 else 0.0
+    return narrow_i8(round_to_i32(x * splat_f32(inverse, 32))), scale
+
+
+@inline
+def pack_span(src, begin, end, k, t, n_tok, xq, xd, xn, xs, xf, quantised, floats):
+    """Pack activations begin..end of token t, read from `src` (the address of activation 0)."""
+    rows = n_tok < _tile_min
+    panel, lane = t // _tokens, t % _tokens
+    if quantised != 0:
+        for i in range(begin, end, 32):
+            q, scale = quantise(src + i * 4)
+            ones = narrow_i8(splat_i32(1, 32))
+            sums = dot4(splat_i32(0, 8), ones, q, False)
+            scaled = to_f32(sums) * splat_f32(scale, 8)
+            if rows:
+                at = t * k + i
+                store(xq + at, q)
+                store(xd + at, splat_f32(scale, 8))
+                store(xn + at, splat_i32(0, 8) - sums)
+                store(xs + at, scaled)
+            else:
+                store_dwords(xq + (panel * k + i) * _tokens + lane * 4, q, 4 * _tokens)
+                block = (panel * (k // 32) + i // 32) * _tokens + lane
+                put_f32(xd + block * 4, scale)
+                first, second = hsum(part(scaled, 0, 4)), hsum(part(scaled, 4, 4))
+                half = (panel * (k // 16) + i // 16) * _tokens + lane
+                put_f32(xn + half * 4, first)
+                put_f32(xn + (half + _tokens) * 4, second)
+                put_f32(xs + block * 4, first + second)
+    if floats != 0:
+        if rows:
+            for i in range(begin, end):
+                put_f32(xf + (t * k + i) * 4, f32_at(src + i * 4))
+        else:
+            for i in range(begin, end):
+                put_f32(xf + ((panel * k + i) * _tokens + lane) * 4, f32_at(src + i * 4))
+
+
+def build(family: str, variant: str) -> Any:
+    """`pack`: src as it is. `activate:silu`: act(src) * second, the gate and up projections."""
+    args_of = Pack
+    activate = family == "activate"
+    lanes = LANES
+
+    def pack(args, step, ith, nth):
+        n_tok = i64_at(step + i64_at(args + args_of.count))
+        src, second = i64_at(args + args_of.src), i64_at(args + args_of.second)
+        k, stride, segment = i64_at(args + args_of.k), i64_at(args + args_of.stride), i64_at(args + args_of.segment)
+        xq, xd, xn = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xn)
+        xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
+        quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
+        parts = (k + segment - 1) // segment
+        while True:
+            c = atomic_add(args, 1)
+            if c >= n_tok * parts:
+                break
+            t = c // parts
+            begin = (c % parts) * segment
+            end = min(begin + segment, k)
+            row = src + t * stride * 4
+            if activate:
+                # In place: the gate projection is not needed again.
+                other = second + t * stride * 4
+                i = begin
+                while i + lanes <= end:
+                    store(row + i * 4, silu(load_f32(row + i * 4, lanes), lanes) * load_f32(other + i * 4, lanes))
+                    i += lanes
+                while i < end:
+                    put_f32(row + i * 4, hsum(silu(load_f32(row + i * 4, 1), 1) * load_f32(other + i * 4, 1)))
+                    i += 1
+            pack_span(row, begin, end, k, t, n_tok, xq, xd, xn, xs, xf, quantised, floats)
+
+    return pack

@@ -1,0 +1,34 @@
+"""Elementary functions on float32 vectors, the same on every instruction-set level."""
+
+from __future__ import annotations
+
+from .simd import as_f32, fma, round_to_i32, shl, splat_f32, splat_i32, to_f32, vdiv, vmax, vmin
+from .weights import inline
+
+
+@inline
+def exp(x, n):
+    """e**x for n lanes, relative error below 2e-7; clamped to the normal range.
+
+    Cody-Waite reduction by ln 2 in two parts, then a degree-6 Taylor polynomial on |r| <= ln(2) / 2.
+    """
+    x = vmax(vmin(x, splat_f32(88.0, n)), splat_f32(-87.0, n))
+    k = round_to_i32(x * splat_f32(1.4426950408889634, n))
+    kf = to_f32(k)
+    r = fma(kf, splat_f32(-0.693359375, n), x)
+    r = fma(kf, splat_f32(2.12194440e-4, n), r)
+    p = splat_f32(1.0 / 720, n)
+    p = fma(p, r, splat_f32(1.0 / 120, n))
+    p = fma(p, r, splat_f32(1.0 / 24, n))
+    p = fma(p, r, splat_f32(1.0 / 6, n))
+    p = fma(p, r, splat_f32(0.5, n))
+    p = fma(p, r, splat_f32(1.0, n))
+    p = fma(p, r, splat_f32(1.0, n))
+    return p * as_f32(shl(k + splat_i32(127, n), 23))
+
+
+@inline
+def silu(x, n):
+    """x / (1 + e**-x)."""
+    one = splat_f32(1.0, n)
+    return vdiv(x, one + exp(splat_f32(0.0, n) - x, n))
