@@ -1,0 +1,321 @@
+"""LLM: text in, text out, over one engine; the class that `from hotcold import LLM` gives."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.chat_template import ChatTemplate, load_template
+from ..formats.errors import FormatError, ParameterError
+from ..formats.tokenizer import Tokenizer, load_tokenizer
+from .answer import Answer, Processor, Request, check_callables, check_max_tokens, check_stop
+from .chat_prompt import ChatPrompt, Messages
+from .completions import Completions
+from .sampler import PARAM_NAMES, SamplingParams, check_int, reject_unknown
+from .session import Session, Stats, check_ids
+
+if TYPE_CHECKING:
+    from ..formats.config import ModelConfig
+    from .engine import Engine
+
+_CALL_NAMES = ("max_tokens", "stop", "special", "tools", "logits_processor", *PARAM_NAMES)
+
+
+class LLM(Completions):
+    """A language model out of a GGUF file; `with LLM("model.gguf") as llm: print(llm.chat("Hello"))`.
+
+    model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
+    n_ctx: tokens of context (None = the model's, capped by memory); n_threads: None = the machine's cores.
+    seed: for calls that give none; None = a fresh one a call. progress: takes lines about slow steps (verbose
+    sends them to stderr). Several threads may call: calls queue. A stream has its turn from its first step
+    until it ends, is closed or is dropped; another call by the thread that consumes it is an error.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        seed: int | None = None,
+        verbose: bool = False,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        # these bring Numba and the hub client: seconds that `import hotcold` should not cost
+        from .engine import Engine
+        from .models import resolve
+
+        for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads)):
+            if value is not None:
+                check_int(name, value, 1)
+        if not isinstance(model, (str, Path)):
+            raise ParameterError(f"model: got {type(model).__name__}, wanted a path or a model name")
+        report = progress or (_to_stderr if verbose else None)
+        engine = Engine(resolve(model), n_ctx=n_ctx, n_threads=n_threads, progress=report)
+        try:
+            self._attach(engine, load_tokenizer(engine.file), None, seed, str(model))
+        except BaseException:
+            engine.close()
+            raise
+
+    @classmethod
+    def from_engine(
+        cls,
+        engine: Engine,
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        seed: int | None = None,
+    ) -> LLM:
+        """An LLM around an engine that is open already; it owns the engine from then on."""
+        llm = cls.__new__(cls)
+        llm._attach(engine, tokenizer or load_tokenizer(engine.file), template, seed, str(engine.file.path))
+        return llm
+
+    def _attach(
+        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int | None, name: str
+    ) -> None:
+        self.engine, self.tokenizer, self.name = engine, tokenizer, name
+        self.config: ModelConfig = engine.config
+        self._template = template
+        self._chat_prompt: ChatPrompt | None = None
+        try:
+            SamplingParams.from_metadata(self.config.sampling)
+        except ParameterError as error:
+            field, _, problem = str(error).partition(": ")
+            raise FormatError(
+                engine.file.path, f"general.sampling ({field})", problem, "a usable default"
+            ) from error
+        self._seed = SamplingParams(seed=seed).seed
+        self._session = Session(engine)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The file's chat template, or ChatML (with a warning) where it has none; loaded on first use."""
+        if self._template is None:
+            self._template = load_template(self.engine.file)
+        return self._template
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that prompt and answer may take together."""
+        return self.engine.n_ctx
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the vocabulary, which is the length of a row of logits."""
+        return self.engine.n_vocab
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._session.closed
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = 256,
+        stop: str | Sequence[str] | None = None,
+        special: bool = False,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        **sampling: Any,
+    ) -> str:
+        """The text that continues a prompt (text or token ids).
+
+        max_tokens: None or -1 = until the context is full. stop: texts that end the answer, themselves left
+        out. special: parse control tokens (<|im_start|>) in the prompt. sampling: SamplingParams' fields.
+        """
+        return _join(self.stream(prompt, max_tokens, stop, special, logits_processor, **sampling))
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = 256,
+        stop: str | Sequence[str] | None = None,
+        special: bool = False,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        **sampling: Any,
+    ) -> Generator[str, None, None]:
+        """The same as `generate`, piece by piece; whole characters, and never a part of a stop string.
+
+        Arguments are checked at once; the turn is taken at the first step and held until the stream ends.
+        """
+        _check_names(sampling)
+        limit = check_max_tokens(max_tokens)
+        return _texts(self._ask(prompt, limit, stop, special, logits_processor=logits_processor, **sampling))
+
+    def chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tools: list[Any] | None = None,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        **sampling: Any,
+    ) -> str:
+        """The assistant's answer to a conversation (dicts with role and content, or one user message).
+
+        Arguments as in `generate`; tools go to the chat template.
+        """
+        return _join(self.stream_chat(messages, max_tokens, stop, tools, logits_processor, **sampling))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tools: list[Any] | None = None,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        **sampling: Any,
+    ) -> Generator[str, None, None]:
+        """The same as `chat`, piece by piece, as `stream` does it."""
+        _check_names(sampling)
+        limit = check_max_tokens(max_tokens)
+        return _texts(
+            self._ask_chat(messages, limit, stop, tools, logits_processor=logits_processor, **sampling)
+        )
+
+    def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of a text; add_bos: with BOS where the model wants one; special: parse control tokens."""
+        self._session.check_open()
+        return self.tokenizer.encode(text, add_bos=None if add_bos else False, special=special)
+
+    def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text of token ids; special: with control tokens."""
+        self._session.check_open()
+        return self.tokenizer.decode(check_ids(ids, self.n_vocab), special=special)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Raw next-token scores, a fresh float32 array (len(ids), n_vocab); the context starts with `ids`."""
+        self._session.check_open()
+        checked = check_ids(ids, self.n_vocab)
+        self._session.check_prompt(len(checked), room=0)
+        found = np.empty((len(checked), self.n_vocab), np.float32)
+        with self._session.turn.take():
+            self._session.check_open()
+            start = 0
+            for block in self._session.rows(checked):
+                found[start : start + len(block)] = block
+                start += len(block)
+        return found
+
+    def stats(self) -> Stats:
+        """Token counts and seconds of the last answer (a stream's are complete when it has ended)."""
+        return self._session.stats
+
+    def close(self) -> None:
+        """Wait for the calls in progress, then free the model; a stream that the caller holds ends there."""
+        self._session.close()
+
+    def __enter__(self) -> LLM:
+        self._session.check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None,
+        stop: str | Sequence[str] | None = None,
+        special: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        stopping_criteria: Processor | Sequence[Processor] | None = None,
+        fallback: Mapping[str, float] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """A checked, unstarted answer to a prompt; `fallback` stands behind the file's sampling defaults."""
+        self._session.check_open()
+        params = SamplingParams.from_metadata({**(fallback or {}), **self.config.sampling}, **sampling)
+        if params.seed is None and self._seed is not None:
+            params = replace(params, seed=self._seed)
+        return Answer(
+            self._session,
+            self.tokenizer,
+            Request(
+                ids=self._prompt_ids(prompt, special),
+                params=params,
+                max_tokens=max_tokens,
+                stop=check_stop(stop),
+                processors=check_callables("logits_processor", logits_processor),
+                criteria=check_callables("stopping_criteria", stopping_criteria),
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+            ),
+        )
+
+    def _ask_chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None,
+        stop: str | Sequence[str] | None = None,
+        tools: list[Any] | None = None,
+        logprobs: int | None = None,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        fallback: Mapping[str, float] | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        self._session.check_open()
+        if self._chat_prompt is None:
+            self._chat_prompt = ChatPrompt(self.tokenizer, self.template)
+        return self._ask(
+            self._chat_prompt.encode(messages, tools),
+            max_tokens,
+            [*check_stop(stop), *self.template.stop_strings],
+            logprobs=logprobs,
+            logits_processor=logits_processor,
+            fallback=fallback,
+            **sampling,
+        )
+
+    def _prompt_ids(self, prompt: str | Sequence[int], special: bool) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, special=special)
+            # an EOS that the model wants after a text would end the prompt before the answer
+            if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos_id]:
+                ids.pop()
+        else:
+            ids = check_ids(prompt, self.n_vocab)
+        if not ids:
+            first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
+            if first is None:
+                raise ParameterError(
+                    "prompt: got an empty one, and this model has no BOS token to start from"
+                )
+            ids = [first]
+        return ids
+
+
+def _check_names(sampling: Mapping[str, Any]) -> None:
+    if "stream" in sampling:
+        raise ParameterError("stream: not an argument here; use stream() or stream_chat()")
+    reject_unknown(sampling, _CALL_NAMES)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _texts(answer: Answer) -> Generator[str, None, None]:
+    with closing(iter(answer)) as pieces:
+        for piece in pieces:
+            if piece.text:
+                yield piece.text
+
+
+def _join(stream: Generator[str, None, None]) -> str:
+    # closed by hand: after a KeyboardInterrupt the traceback keeps an abandoned generator alive
+    with closing(stream):
+        return "".join(stream)
