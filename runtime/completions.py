@@ -85,7 +85,9 @@ class Completions:
         before = (
             prompt if isinstance(prompt, str) else self.tokenizer.decode(answer.request.ids, special=True)
         )
-        reply = _Text(answer, self.tokenizer, model or self.name, before, bool(echo), suffix or "")
+        reply = _Text(
+            answer, self.tokenizer, model or self.name, before=before, echo=bool(echo), suffix=suffix or ""
+        )
         return reply.chunks() if stream else reply.whole()
 
     __call__ = create_completion
