@@ -84,8 +84,9 @@ class GGUFFile:
             return value
         if kind is float and type(value) is int:
             return float(value)
-        # Exact types, as a bool is an int; arrays of arrays are lists as well, but not of strings.
-        fits = type(value) is kind and not (kind is list and len(value) and type(value[0]) is not str)
+        fits = type(value) is kind  # exactly, as a bool is an int too
+        if kind is list and isinstance(value, list):
+            fits = not value or type(value[0]) is str  # an array of arrays is a list as well
         if not fits:
             got = f"{type(value).__name__} {show(value, 40)}"
             raise FormatError(self.path, f"key {show(key)}", got, kind.__name__)
