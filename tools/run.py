@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import console, options
-from .console import note, open_llm
 
 if TYPE_CHECKING:
     from ..runtime.session import Stats
@@ -28,6 +27,7 @@ Length = Annotated[
     ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Use the model's chat template: the prompt is a message.")]
+Special = Annotated[bool, typer.Option("--special", help="Parse control tokens in the prompt.")]
 Timings = Annotated[bool, typer.Option("--stats", help="Print timings to stderr afterwards.")]
 
 
@@ -36,6 +36,7 @@ def run(
     prompt: options.Prompt = None,
     file: options.PromptFile = None,
     chat: Chat = False,
+    special: Special = False,
     system: options.System = None,
     n_predict: Length = None,
     temp: options.Temp = None,
@@ -56,13 +57,13 @@ def run(
     if n_predict is None:
         n_predict = -1 if chat else RAW_LENGTH
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
-    with open_llm(model, ctx, threads) as llm:
+    with console.open_llm(model, ctx, threads) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})
             pieces = llm.stream_chat(messages, **chosen)
         else:
-            pieces = llm.stream(text, **chosen)
+            pieces = llm.stream(text, special=special, **chosen)
         clean = console.printable if sys.stdout.isatty() else str
         with closing(pieces):
             for piece in pieces:
@@ -70,7 +71,7 @@ def run(
                 sys.stdout.flush()
         sys.stdout.write("\n")
         if timings:
-            note(describe(llm.stats()))
+            console.note(describe(llm.stats()))
 
 
 def describe(stats: Stats) -> str:
