@@ -1,0 +1,109 @@
+"""What the engine refuses, and that a refusal loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hotcold import Engine
+from hotcold.formats.errors import ClosedError, ContextLengthError, ParameterError, UnsupportedError
+
+Make = Callable[..., Path]
+IDS = [5, 9, 250, 17]
+
+
+@pytest.mark.parametrize("bad", [[-1], [300], [5, 10**12], [2**32 + 5], [-(2**40)]])
+def test_ids_out_of_range(tiny_model: Make, bad: list[int]) -> None:
+    with Engine(tiny_model(), n_threads=1) as engine:
+        fresh, sequence = engine.new_sequence(), engine.new_sequence()
+        engine.eval(sequence, IDS[:2])
+        with pytest.raises(ParameterError) as caught:
+            engine.eval(sequence, bad)
+        assert "300" in str(caught.value)
+        assert str(bad[-1]) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert list(sequence.tokens) == IDS[:2]
+        wanted = engine.eval(fresh, IDS)[-1].copy()
+        assert np.allclose(engine.eval(sequence, IDS[2:])[-1], wanted, atol=1e-3)
+
+
+def test_the_context_can_be_filled_and_not_exceeded(tiny_model: Make) -> None:
+    with Engine(tiny_model(), n_ctx=32, n_threads=1) as engine:
+        assert engine.n_ctx == 32
+        sequence = engine.new_sequence()
+        with pytest.raises(ContextLengthError, match="32"):
+            engine.eval(sequence, [1] * 33)
+        assert len(sequence) == 0
+        engine.eval(sequence, [1] * 31)
+        with pytest.raises(ContextLengthError):
+            engine.eval(sequence, [1, 2])
+        assert len(sequence) == 31
+        assert np.isfinite(engine.eval(sequence, [2])).all()
+        with pytest.raises(ContextLengthError):
+            engine.eval(sequence, [3])
+        sequence.truncate(30)
+        engine.eval(sequence, [2, 3])
+        assert len(sequence) == 32
+
+
+def test_context_defaults_to_the_models(tiny_model: Make) -> None:
+    with Engine(tiny_model(n_ctx_train=96)) as engine:
+        assert engine.n_ctx == 96
+        assert engine.n_threads >= 1
+
+
+@pytest.mark.parametrize("options", [{"n_ctx": 0}, {"n_ctx": -5}, {"n_threads": 0}, {"n_threads": -1}])
+def test_bad_parameters(tiny_model: Make, options: dict[str, int]) -> None:
+    with pytest.raises(ParameterError):
+        Engine(tiny_model(), **options)  # type: ignore[arg-type]
+
+
+def test_no_ids(tiny_model: Make) -> None:
+    with Engine(tiny_model(), n_threads=1) as engine:
+        sequence = engine.new_sequence()
+        with pytest.raises(ParameterError):
+            engine.eval(sequence, [])
+        assert len(sequence) == 0
+
+
+def test_use_after_close(tiny_model: Make) -> None:
+    engine = Engine(tiny_model(), n_threads=2)
+    sequence = engine.new_sequence()
+    engine.eval(sequence, IDS)
+    assert not engine.closed
+    engine.close()
+    engine.close()
+    assert engine.closed
+    with pytest.raises(ClosedError):
+        engine.eval(sequence, IDS)
+    with pytest.raises(ClosedError):
+        engine.new_sequence()
+
+
+def test_use_of_a_closed_sequence(tiny_model: Make) -> None:
+    with Engine(tiny_model(), n_threads=1) as engine:
+        sequence = engine.new_sequence()
+        sequence.close()
+        sequence.close()
+        with pytest.raises(ClosedError):
+            engine.eval(sequence, IDS)
+
+
+def test_a_type_without_kernels_is_named(tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType as QType
+    from tiny import make_tiny_model
+
+    path = make_tiny_model(tmp_path / "iq.gguf", qtype="Q8_0", types={"blk.1.ffn_up.weight": "Q4_0"})
+    data = bytearray(path.read_bytes())
+    # The tensor list stores name, number of dimensions, dimensions, type: IQ4_NL has the block size of Q4_0.
+    at = data.index(b"blk.1.ffn_up.weight") + len("blk.1.ffn_up.weight") + 4 + 16
+    assert data[at] == QType.Q4_0
+    data[at] = QType.IQ4_NL
+    path.write_bytes(data)
+    with pytest.raises(UnsupportedError) as caught:
+        Engine(path)
+    assert "blk.1.ffn_up.weight" in str(caught.value)
+    assert "IQ4_NL" in str(caught.value)
