@@ -173,7 +173,7 @@ def score(logits: NDArray[np.float32], token: int, n_top: int, offset: int) -> T
 
 def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as a tuple; ParameterError for an empty one or another type."""
-    found = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    found = (stop,) if isinstance(stop, str) or not isinstance(stop or (), Sequence) else tuple(stop or ())
     if not all(isinstance(s, str) and s for s in found):
         raise ParameterError(f"stop: got {stop!r}, wanted a non-empty string or a list of such")
     return found

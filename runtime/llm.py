@@ -49,19 +49,22 @@ class LLM(Completions):
         verbose: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        # these bring Numba and the hub client: seconds that `import hotcold` should not cost
-        from .engine import Engine
-        from .models import resolve
-
         for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads)):
             if value is not None:
                 check_int(name, value, 1)
         if not isinstance(model, (str, Path)):
             raise ParameterError(f"model: got {type(model).__name__}, wanted a path or a model name")
+        chosen_seed = SamplingParams(seed=seed).seed
+        # these bring the hub client and Numba: seconds that neither import nor a wrong argument should cost
+        from .models import resolve
+
+        path = resolve(model)
+        from .engine import Engine
+
         report = progress or (_to_stderr if verbose else None)
-        engine = Engine(resolve(model), n_ctx=n_ctx, n_threads=n_threads, progress=report)
+        engine = Engine(path, n_ctx=n_ctx, n_threads=n_threads, progress=report)
         try:
-            self._attach(engine, load_tokenizer(engine.file), None, seed, str(model))
+            self._attach(engine, load_tokenizer(engine.file), None, chosen_seed, str(model))
         except BaseException:
             engine.close()
             raise
@@ -76,24 +79,34 @@ class LLM(Completions):
     ) -> LLM:
         """An LLM around an engine that is open already; it owns the engine from then on."""
         llm = cls.__new__(cls)
-        llm._attach(engine, tokenizer or load_tokenizer(engine.file), template, seed, str(engine.file.path))
+        llm._attach(
+            engine,
+            tokenizer or load_tokenizer(engine.file),
+            template,
+            SamplingParams(seed=seed).seed,
+            str(engine.file.path),
+        )
         return llm
 
     def _attach(
-        self, engine: Engine, tokenizer: Tokenizer, template: ChatTemplate | None, seed: int | None, name: str
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        seed: int | None,
+        model: str,
     ) -> None:
-        self.engine, self.tokenizer, self.name = engine, tokenizer, name
+        self.engine, self.tokenizer, self.name = engine, tokenizer, model
         self.config: ModelConfig = engine.config
         self._template = template
         self._chat_prompt: ChatPrompt | None = None
         try:
             SamplingParams.from_metadata(self.config.sampling)
         except ParameterError as error:
-            field, _, problem = str(error).partition(": ")
-            raise FormatError(
-                engine.file.path, f"general.sampling ({field})", problem, "a usable default"
-            ) from error
-        self._seed = SamplingParams(seed=seed).seed
+            name, _, problem = str(error).partition(": got ")
+            got, _, wanted = problem.partition(", wanted ")
+            raise FormatError(engine.file.path, f"general.sampling ({name})", got, wanted) from error
+        self._seed = seed
         self._session = Session(engine)
 
     @property
@@ -302,6 +315,7 @@ def _check_names(sampling: Mapping[str, Any]) -> None:
     if "stream" in sampling:
         raise ParameterError("stream: not an argument here; use stream() or stream_chat()")
     reject_unknown(sampling, _CALL_NAMES)
+    reject_unknown(sampling, PARAM_NAMES)
 
 
 def _to_stderr(line: str) -> None:
