@@ -58,10 +58,10 @@ class LLM(Completions):
         # these bring the hub client and Numba: seconds that neither import nor a wrong argument should cost
         from .models import resolve
 
-        path = resolve(model)
+        report = progress or (_to_stderr if verbose else None)
+        path = resolve(model, _by_step(report) if report else None)
         from .engine import Engine
 
-        report = progress or (_to_stderr if verbose else None)
         engine = Engine(path, n_ctx=n_ctx, n_threads=n_threads, progress=report)
         try:
             self._attach(engine, load_tokenizer(engine.file), None, chosen_seed, str(model))
@@ -320,6 +320,19 @@ def _check_names(sampling: Mapping[str, Any]) -> None:
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _by_step(report: Callable[[str], None]) -> Callable[[str, int, int | None], None]:
+    """Byte-by-byte progress of a download as one line for each step."""
+    latest = ""
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        nonlocal latest
+        if what != latest:
+            latest = what
+            report(what)
+
+    return progress
 
 
 def _texts(answer: Answer) -> Generator[str, None, None]:
