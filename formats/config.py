@@ -74,7 +74,10 @@ class _Reader:
         if arch is None:
             raise self.error("general.architecture", "no such key", "the name of an architecture")
         _refuse_other_kinds(file)
-        self.row: Architecture = lookup(arch)
+        try:
+            self.row: Architecture = lookup(arch)
+        except UnsupportedError as error:
+            raise self.unsupported(str(error)) from None
         self.n_layer = self.integer("block_count", 1)
 
     def error(self, key: str, got: object, wanted: object) -> FormatError:
