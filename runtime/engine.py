@@ -1,0 +1,142 @@
+"""The engine: token ids in, logits out. It knows nothing of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from ..formats.config import ModelConfig
+from ..formats.errors import ClosedError, ParameterError
+from ..formats.gguf import GGUFFile
+from .cpu.layout import KV_BLOCK
+from .cpu.threads import default_threads
+from .decoder import build
+from .executor import CPUExecutor
+from .kv_cache import KVCache, Sequence
+from .memory import available_bytes
+
+MICRO_BATCH = 512  # tokens evaluated in one step
+MAX_OUTPUTS = 128  # rows of logits that one step returns
+_KV_SHARE = 0.5  # of the free memory, the most that a context not asked for may take
+
+
+class Engine:
+    """A model ready to compute.
+
+    model: a path or an open GGUFFile (which the engine then owns). n_ctx: tokens a sequence may hold; default the
+    model's own, less where memory is short. n_threads: default, the cores of this process. progress: called with a line
+    while kernels compile. Not thread-safe: one call at a time.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | GGUFFile,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        if n_threads is not None and not 1 <= n_threads <= 1024:
+            raise ParameterError(f"n_threads: got {n_threads}, wanted 1 to 1024")
+        if n_ctx is not None and n_ctx < 1:
+            raise ParameterError(f"n_ctx: got {n_ctx}, wanted at least 1")
+        self.file = model if isinstance(model, GGUFFile) else GGUFFile(model)
+        self.closed = False
+        try:
+            self.config = ModelConfig.from_gguf(self.file)
+            self.n_ctx = n_ctx or _default_context(self.config)
+            self.n_threads = n_threads or default_threads()
+            self.n_vocab = self.config.n_vocab
+            self._cache = KVCache(self.config, self.n_ctx + KV_BLOCK)
+            self._executor = CPUExecutor(
+                build(self.config),
+                self.file,
+                self.config,
+                self._cache,
+                self.n_ctx,
+                self.n_threads,
+                MICRO_BATCH,
+                MAX_OUTPUTS,
+                progress,
+            )
+        except BaseException:
+            self.file.close()
+            self.closed = True
+            raise
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a full KV cache."""
+        return self._cache.nbytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.file.tensors.values())
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence; several share the cache, whose size is that of one full context."""
+        self._check_open()
+        return Sequence(self._cache, self.n_ctx)
+
+    def eval(self, sequence: Sequence, ids: Seq[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
+        """Append tokens to a sequence and return their logits.
+
+        ids: at least one token id. Returns float32 [1, n_vocab] for the last token, or [len(ids), n_vocab]; the former
+        is a view that the next call overwrites. ParameterError for bad ids, ContextLengthError past n_ctx. An interrupt
+        between micro-batches leaves the sequence with the tokens evaluated so far.
+        """
+        self._check_open()
+        tokens = self._tokens(ids)
+        sequence.reserve(len(tokens))
+        size = MAX_OUTPUTS if all_logits else MICRO_BATCH
+        kept = np.empty((len(tokens), self.n_vocab), np.float32) if all_logits and len(tokens) > size else None
+        for start in range(0, len(tokens), size):
+            part = tokens[start : start + size]
+            last = start + len(part) == len(tokens)
+            wanted = np.arange(len(part)) if all_logits else np.arange(len(part) - 1, len(part))[: 1 if last else 0]
+            logits = self._executor.run([(sequence, part)], wanted)
+            if kept is not None:
+                kept[start : start + len(part)] = logits
+        return logits if kept is None else kept
+
+    def _tokens(self, ids: Seq[int] | np.ndarray) -> np.ndarray:
+        tokens = np.asarray(ids)
+        if tokens.ndim != 1 or tokens.size == 0 or tokens.dtype.kind not in "iu":
+            raise ParameterError(f"token ids: got {ids!r:.60}, wanted a non-empty list of integers")
+        bad = (tokens < 0) | (tokens >= self.n_vocab)
+        if bad.any():
+            raise ParameterError(f"token ids: got {tokens[bad][0]}, wanted 0 to {self.n_vocab - 1}")
+        return tokens.astype(np.int32)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("this engine is closed; make another")
+
+    def close(self) -> None:
+        """End the threads and free the mapping; again is no error."""
+        if not self.closed:
+            self.closed = True
+            self._executor.close()
+            del self._executor, self._cache
+            self.file.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _default_context(config: ModelConfig) -> int:
+    """The model's context, or what fits into a share of the free memory."""
+    free = available_bytes()
+    if free is None:
+        return config.n_ctx_train
+    per_token = config.n_layer * config.n_head_kv * (config.head_dim_k + config.head_dim_v) * 2
+    fits = int(free * _KV_SHARE) // per_token // KV_BLOCK * KV_BLOCK
+    return max(KV_BLOCK, min(config.n_ctx_train, fits))

@@ -1,0 +1,82 @@
+"""Running a graph on the CPU: the step record, the tape and the threads that walk it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from ..formats.config import ModelConfig
+from ..formats.gguf import GGUFFile
+from .cpu.jit import Progress
+from .cpu.layout import QUERY_TILE, Step
+from .cpu.lower import lower
+from .cpu.threads import ThreadPool
+from .graph import Graph
+from .kv_cache import KVCache, Sequence
+from .rope_table import RopeTable
+
+
+class CPUExecutor:
+    """Lowers a graph once and runs it for any batch of up to max_tokens tokens, max_outputs of them with logits."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        file: GGUFFile,
+        config: ModelConfig,
+        cache: KVCache,
+        n_ctx: int,
+        n_threads: int,
+        max_tokens: int,
+        max_outputs: int,
+        progress: Progress | None = None,
+    ) -> None:
+        factors = file.dequantized("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
+        self._rope = RopeTable(config, n_ctx, factors)
+        sizes = {"tokens": max_tokens, "outputs": max_outputs}
+        self._tape, walker = lower(
+            graph, file, config, cache, self._rope.table.ctypes.data, n_threads, sizes, progress
+        )
+        self._pool = ThreadPool(walker, n_threads)
+        self._tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
+        self._tiles = np.zeros((max_tokens, 3), np.int32)
+        self._tables = np.zeros(max_tokens, np.int64)
+        self._step = np.zeros(len(Step), np.int64)
+        for name, array in zip(("ids", "positions", "slots", "out_rows"), self._tokens, strict=True):
+            self._step[getattr(Step, name) // 8] = array.ctypes.data
+        self._step[Step.tiles // 8] = self._tiles.ctypes.data
+        self._step[Step.tables // 8] = self._tables.ctypes.data
+        self._logits = self._tape.buffers["logits"].view(np.float32).reshape(-1, config.n_vocab)
+
+    def run(self, batch: Seq[tuple[Sequence, np.ndarray]], outputs: np.ndarray) -> np.ndarray:
+        """One step: append each sequence's tokens (int32) and return the logits of the rows `outputs`.
+
+        Rows number the batch's tokens in order. Returns float32 [len(outputs), n_vocab], a view that the next run
+        overwrites. The sequences must have reserved their room.
+        """
+        ids, positions, slots, out_rows = self._tokens
+        row = n_tiles = 0
+        for index, (sequence, tokens) in enumerate(batch):
+            first, n = len(sequence), len(tokens)
+            ids[row : row + n] = tokens
+            positions[row : row + n] = np.arange(first, first + n)
+            slots[row : row + n] = sequence.slots(first, n)
+            self._tables[index] = sequence.table.ctypes.data
+            self._rope.upto(first + n)
+            for start in range(0, n, QUERY_TILE):
+                self._tiles[n_tiles] = row + start, min(QUERY_TILE, n - start), index
+                n_tiles += 1
+            row += n
+        out_rows[: len(outputs)] = outputs
+        step = self._step
+        step[Step.n_tok // 8], step[Step.n_out // 8], step[Step.n_tiles // 8] = row, len(outputs), n_tiles
+        self._tape.reset()
+        self._pool.run(self._tape.rows.ctypes.data, len(self._tape.rows), step.ctypes.data)
+        for sequence, tokens in batch:
+            sequence.tokens.extend(tokens.tolist())
+        return self._logits[: len(outputs)]
+
+    def close(self) -> None:
+        """End the threads; the buffers go with the object."""
+        self._pool.close()

@@ -1,0 +1,48 @@
+"""The model as a graph: nodes that read and write named values, in an order that a single thread could run.
+
+A value is an array with one row a token (`x` [n_tok, n_embd], ...), or the KV cache of a layer (`kv.3`). A node's
+`unit` says where it runs; an executor lowers the nodes of its unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    op: embed, norm, matmul, rope, attention or activate. reads, writes: names of values; a node that adds to a value
+    reads and writes it. weight, bias: tensor names in the file. layer: index of the block, -1 outside.
+    rows: "tokens", or "outputs" where only the positions whose logits are wanted take part.
+    """
+
+    op: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    weight: str = ""
+    bias: str = ""
+    layer: int = -1
+    rows: str = "tokens"
+    unit: str = "cpu"
+
+    @property
+    def adds(self) -> bool:
+        """The result is added to what the written value holds."""
+        return self.op == "matmul" and self.writes[0] in self.reads
+
+
+@dataclass
+class Graph:
+    """Nodes in order, and the width (float32 a row) of every value that is an activation."""
+
+    nodes: list[Node] = field(default_factory=list)
+    widths: dict[str, int] = field(default_factory=dict)
+
+    def add(self, node: Node) -> None:
+        self.nodes.append(node)
+
+    def readers(self, value: str) -> list[Node]:
+        """Nodes that read a value."""
+        return [node for node in self.nodes if value in node.reads]
