@@ -93,6 +93,8 @@ def download_bar() -> Iterator[Progress]:
 
         def show(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
+                for task in tasks.values():
+                    bars.update(task, visible=False)
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done)
 
