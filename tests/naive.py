@@ -50,7 +50,8 @@ def random_blocks(
 ) -> Array:
     """Random valid weights of a type, uint8 (n_rows, bytes of a row), with about this standard deviation.
 
-    Quant fields are uniform random bytes, so every code is met; scales vary by +-25 % between blocks.
+    Quant fields are uniform random bytes, so every code is met; scales vary by +-25 % between blocks, and
+    half of them are negative in the types without a minimum, as in real files.
     """
     n_bytes = row_bytes(qtype, n_cols)
     if qtype in FLOAT_TYPES:
@@ -64,9 +65,11 @@ def random_blocks(
     size = GGML_QUANT_SIZES[qtype][1]
     blocks = rng.integers(0, 256, (n_rows * n_bytes // size, size), dtype=np.uint8)
     scale = (std / unit_std * rng.uniform(0.75, 1.25, (len(blocks), 1))).astype(np.float16)
+    if min_at is None:
+        scale[::2] *= np.float16(-1)
+    else:
+        blocks[:, min_at : min_at + 2] = (scale * np.float16(centre)).view(np.uint8)
     blocks[:, scale_at : scale_at + 2] = scale.view(np.uint8)
-    if min_at is not None:
-        blocks[:, min_at : min_at + 2] = (scale * np.float16(centre)).astype(np.float16).view(np.uint8)
     return blocks.reshape(n_rows, n_bytes)
 
 
