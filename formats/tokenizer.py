@@ -1,134 +1,17 @@
-"""Text to token ids and back: what all tokenizers share (special tokens, BOS/EOS, streaming)."""
+"""Text to token ids and back: what all tokenizers share (special tokens, BOS and EOS, streaming)."""
 
 from __future__ import annotations
 
 import codecs
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-import numpy as np
+from .errors import ParameterError, UnsupportedError
+from .vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Metadata, Vocabulary
 
-from .errors import FormatError, ParameterError, UnsupportedError
-
-# tokenizer.ggml.token_type; the numbers are those of SentencePiece's ModelProto.SentencePiece.Type
-UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
-
-# Tokens that end an answer. Files often name one of them as EOS and leave the others to their readers.
-STOP_TEXTS = (
-    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>",
-    "<|return|>", "<|call|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>",
-    "<end_of_turn>", "<end_of_utterance>", "</s>", "<EOT>", "<eos>",
-)  # fmt: skip
-SUPPORTED = ("gpt2", "llama")
-_NO_TOKEN = (-1, 2**32 - 1)  # how files say "this model has none"
-
-
-class Metadata:
-    """Typed access to the tokenizer keys of a file; a value of the wrong kind is a FormatError naming its key.
-
-    `file` is anything with a `metadata` mapping (string arrays as lists, numeric ones as numpy arrays).
-    """
-
-    def __init__(self, file: Any) -> None:
-        self.path: object = getattr(file, "path", "metadata")
-        self._values: Mapping[str, Any] = file.metadata
-
-    def error(self, key: str, got: object, wanted: object) -> FormatError:
-        """A FormatError about a tokenizer key; long values are cut."""
-        shown = str(got)
-        return FormatError(self.path, f"tokenizer.ggml.{key}", shown[:80] if len(shown) > 80 else shown, wanted)
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """A string value, or `default`; FormatError where there is neither."""
-        value = self._values.get(f"tokenizer.ggml.{key}", default)
-        if value is None:
-            raise self.error(key, "nothing", "a string")
-        if not isinstance(value, str):
-            raise self.error(key, f"a {type(value).__name__}", "a string")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        """A boolean value, or `default`."""
-        value = self._values.get(f"tokenizer.ggml.{key}", default)
-        if not isinstance(value, (bool, np.bool_)):
-            raise self.error(key, f"a {type(value).__name__}", "a boolean")
-        return bool(value)
-
-    def strings(self, key: str) -> list[str]:
-        """An array of strings."""
-        value = self._values.get(f"tokenizer.ggml.{key}")
-        if isinstance(value, np.ndarray) and value.size == 0:
-            value = []  # an empty array may not keep its element type
-        if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "nothing" if value is None else f"a {type(value).__name__}", "an array of strings")
-        return list(value)
-
-    def numbers(self, key: str, count: int, kinds: str) -> np.ndarray | None:
-        """A 1-D numeric array of `count` values whose numpy kind is in `kinds`; None where the key is missing."""
-        value = self._values.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return None
-        array = np.asarray(value) if isinstance(value, (list, tuple, np.ndarray)) else None
-        if array is None or array.ndim != 1 or (array.size and array.dtype.kind not in kinds):
-            raise self.error(key, f"a {type(value).__name__}", "an array of numbers")
-        if array.size != count:
-            raise self.error(key, f"{array.size} values", f"{count}, one for each token")
-        return array
-
-    def token_id(self, key: str, n_vocab: int) -> int | None:
-        """A token id within the vocabulary, or None where the file names none."""
-        value = self._values.get(f"tokenizer.ggml.{key}")
-        if value is None:
-            return None
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-            raise self.error(key, f"a {type(value).__name__}", "a token id")
-        if int(value) in _NO_TOKEN:
-            return None
-        if not 0 <= int(value) < n_vocab:
-            raise self.error(key, int(value), f"a token id below {n_vocab}")
-        return int(value)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens of a file: `tokens[id]` as written there, `types[id]` one of the constants above."""
-
-    metadata: Metadata
-    tokens: list[str]
-    types: list[int]
-    typed: bool  # False: the file has no token_type, so every type is a guess
-
-    @classmethod
-    def read(cls, metadata: Metadata) -> Vocabulary:
-        """Read and check tokens and types; FormatError on duplicates, wrong counts or unknown types."""
-        tokens = metadata.strings("tokens")
-        if not tokens:
-            raise metadata.error("tokens", "an empty array", "at least one token")
-        if "" in tokens:
-            tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-        if len(set(tokens)) != len(tokens):
-            seen: dict[str, int] = {}
-            i = next(i for i, token in enumerate(tokens) if seen.setdefault(token, i) != i)
-            raise metadata.error("tokens", f"{tokens[i]!r} twice (ids {seen[tokens[i]]} and {i})", "unique tokens")
-        array = metadata.numbers("token_type", len(tokens), "iu")
-        types = [NORMAL] * len(tokens) if array is None else array.tolist()
-        if array is not None and not (0 <= int(array.min()) and int(array.max()) <= BYTE):
-            i = next(i for i, kind in enumerate(types) if not 0 <= kind <= BYTE)
-            raise metadata.error("token_type", f"{types[i]} for token {i}", f"0 to {BYTE}")
-        for text in STOP_TEXTS:
-            i = tokens.index(text) if text in tokens else -1
-            # Fine-tunes often leave end-of-turn tokens typed as text, which would let a user's text end a turn.
-            if i >= 0 and (types[i] == USER_DEFINED or (types[i] == NORMAL and text[:2] in ("<|", "<｜"))):
-                types[i] = CONTROL
-        return cls(metadata, tokens, types, array is not None)
-
-    def of_type(self, *kinds: int) -> dict[str, int]:
-        """Token text -> id for the tokens of these types."""
-        wanted = frozenset(kinds)
-        return {self.tokens[i]: i for i, kind in enumerate(self.types) if kind in wanted}
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Codec(Protocol):
@@ -148,19 +31,15 @@ class Tokenizer:
     """Token ids of texts for one model; made by `load_tokenizer`."""
 
     def __init__(self, vocabulary: Vocabulary, codec: Codec) -> None:
-        metadata, self.n_vocab = vocabulary.metadata, len(vocabulary.tokens)
+        metadata, self.n_vocab = vocabulary.metadata, len(vocabulary)
         self._vocabulary, self._codec = vocabulary, codec
-        self.bos_id = metadata.token_id("bos_token_id", self.n_vocab)
-        self.eos_id = metadata.token_id("eos_token_id", self.n_vocab)
+        self.bos_id = metadata.token_id("bos", self.n_vocab)
+        self.eos_id = metadata.token_id("eos", self.n_vocab)
         self.add_bos = metadata.flag("add_bos_token", codec.add_bos) and self.bos_id is not None
         self.add_eos = metadata.flag("add_eos_token", False) and self.eos_id is not None
-        named = [metadata.token_id(f"{name}_token_id", self.n_vocab) for name in ("eot", "eom")]
-        special = vocabulary.of_type(CONTROL, UNKNOWN)
-        stops = [self.eos_id, *named, *(special.get(text) for text in STOP_TEXTS)]
-        self.stop_ids = frozenset(i for i in stops if i is not None)
-        user_defined = vocabulary.of_type(USER_DEFINED)
-        self._plain = _Splitter(user_defined)
-        self._special = _Splitter({**user_defined, **special})
+        self.stop_ids = vocabulary.stop_ids()
+        self._user_defined = _Splitter(vocabulary.special(USER_DEFINED))
+        self._special = _Splitter(vocabulary.special(USER_DEFINED, CONTROL, UNKNOWN))
         self._bytes: list[bytes | None] = [None] * self.n_vocab
 
     @property
@@ -172,14 +51,14 @@ class Tokenizer:
         """Token ids of `text`.
 
         add_bos: None = as the model wants (and no second BOS where the text brings its own). special: parse
-        control tokens in the text; without it they are text like any other, user-defined tokens are always parsed.
+        control tokens in the text, without it they are text like any other; user-defined tokens always are.
         """
         if not isinstance(text, str):
             raise ParameterError(f"text: got a {type(text).__name__}, wanted a string")
         if not text.isascii():
             text = _SURROGATE.sub("\ufffd", text)
         ids: list[int] = []
-        for part in (self._special if special else self._plain).split(text):
+        for part in (self._special if special else self._user_defined).split(text):
             if isinstance(part, int):
                 ids.append(part)
             else:
@@ -197,7 +76,7 @@ class Tokenizer:
         return decoder.push_bytes(b"".join(map(decoder.visible_bytes, ids))) + decoder.finish()
 
     def token_bytes(self, id: int) -> bytes:
-        """Bytes that a token stands for (its name, for control tokens); ParameterError for an id out of range."""
+        """Bytes that a token stands for (a control token: its name); ParameterError for a bad id."""
         i = self._index(id)
         found = self._bytes[i]
         if found is None:
@@ -208,7 +87,7 @@ class Tokenizer:
         return found
 
     def token_text(self, id: int) -> str:
-        """The token as the file writes it; ParameterError for an id out of range."""
+        """The token as the file writes it; ParameterError for a bad id."""
         return self._vocabulary.tokens[self._index(id)]
 
     def is_control(self, id: int) -> bool:
@@ -223,9 +102,6 @@ class Tokenizer:
         if not 0 <= i < self.n_vocab:
             raise ParameterError(f"token id: got {i}, wanted 0 to {self.n_vocab - 1}")
         return i
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Splitter:
@@ -261,8 +137,8 @@ class _Splitter:
 class StreamDecoder:
     """Token ids to text, one at a time; never gives half a character.
 
-    special: show control tokens. continues: the ids follow a text that was shown before, so that a SentencePiece
-    model's first space belongs to the text (without it, that space is the one that encode put in front).
+    special: show control tokens. continues: the ids follow a text that was shown before, so that a first
+    space belongs to the text (without it, SentencePiece's first space is the one that encode put in front).
     """
 
     def __init__(self, tokenizer: Tokenizer, special: bool = False, continues: bool = False) -> None:
@@ -302,19 +178,16 @@ def load_tokenizer(file: Any) -> Tokenizer:
     """
     metadata = Metadata(file)
     model = metadata.text("model")
-    codec: Codec
+    # Each branch imports its own library: they take longer to load than a small vocabulary.
     if model == "gpt2":
         from .tokenizer_bpe import ByteBPE
 
-        vocabulary = Vocabulary.read(metadata)
-        codec = ByteBPE(vocabulary)
-    elif model == "llama":
+        vocabulary = Vocabulary(metadata)
+        return Tokenizer(vocabulary, ByteBPE(vocabulary))
+    if model == "llama":
         from .tokenizer_spm import SentencePiece
 
-        vocabulary = Vocabulary.read(metadata)
-        codec = SentencePiece(vocabulary)
-    else:
-        raise UnsupportedError(
-            f"{metadata.path}: tokenizer.ggml.model: got {model[:80]!r}, supported are {', '.join(SUPPORTED)}"
-        )
-    return Tokenizer(vocabulary, codec)
+        vocabulary = Vocabulary(metadata)
+        return Tokenizer(vocabulary, SentencePiece(vocabulary))
+    wanted = "supported are gpt2 (byte-level BPE) and llama (SentencePiece BPE)"
+    raise UnsupportedError(f"{metadata.path}: tokenizer.ggml.model: got {model[:80]!r}, {wanted}")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UnsupportedError
-from .tokenizer import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from .vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _SPACES = r"\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|" + _SPACES
 _SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 
 
-def _tiktoken(digits: str, letters: str = r"\p{L}", contraction: str = _SHORT + "|", slash: str = "") -> str:
+def _tiktoken(digits: str, letters: str = r"\p{L}") -> str:
     """The split that cl100k_base introduced; its descendants differ in digits, letters and contractions."""
-    symbols = rf" ?[^\s{letters}\p{{N}}]+[\r\n{slash}]*|\s*[\r\n]+|"
-    return rf"{contraction}[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}|" + symbols + _SPACES
+    symbols = rf" ?[^\s{letters}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
+    return rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{digits}|" + symbols + _SPACES
 
 
 def _cased(digits: str, suffix: str) -> str:
@@ -27,15 +30,16 @@ def _cased(digits: str, suffix: str) -> str:
 
 _LLAMA3 = _tiktoken(r"\p{N}{1,3}")
 _QWEN2 = _tiktoken(r"\p{N}")
+_O200K = _cased(r"\p{N}{1,3}", _SHORT + "?")
 _CJK = r"[一-龥ࠀ-一가-퟿]+"
 _FALCON_MARKS = r"[\p{P}\$\+<=>\^~\|`]+"
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
-# Cased scripts (Latin, Greek, Cyrillic, Armenian, Georgian, Cherokee, ...), as DeepSeek LLM's tokenizer lists them
-_CASED_LETTERS = (
-    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼι"
-    "ῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ"
-    "𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+# DeepSeek LLM lists the cased letters of an older Unicode, without these
+_NOT_CASED = (
+    "\u0560-\u0588\u10c7-\u10ff\u1c80-\u1c8f\u2d00-\u2d2d\ua78f-\ua7ff\uab30-\uab6f"
+    "\U00010570-\U000105bf\U00016e40-\U00016e7f\U0001d400-\U0001d7cb\U0001df00-\U0001dfff"
 )
+_CASED = rf"[\p{{Lu}}\p{{Ll}}\p{{Lt}}&&[^{_NOT_CASED}]]"
 
 
 class PreTokenizer(NamedTuple):
@@ -46,29 +50,40 @@ class PreTokenizer(NamedTuple):
     add_bos: bool = False  # used when the file does not say
 
 
-_ROWS: list[tuple[str, PreTokenizer]] = [
-    ("gpt-2 gpt2 mpt olmo jais phi-2 roberta-bpe trillion granite-docling jina-es jina-de jina-v1-en jina-v2-es"
-     " jina-v2-de gigachat modern-bert", PreTokenizer((_GPT2,))),
-    ("default", PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))),
-    ("smollm starcoder refact command-r codeshell exaone minerva-7b", PreTokenizer((r"\p{N}", _GPT2))),
-    ("falcon", PreTokenizer((_FALCON_MARKS, _GPT2, r"[0-9][0-9][0-9]"))),
-    ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2", PreTokenizer((_LLAMA3,), True, True)),
-    ("dbrx smaug-bpe glm4 chatglm-bpe", PreTokenizer((_LLAMA3,))),
-    ("qwen2 stablelm2 hunyuan megrez deepseek-r1-qwen solar-open", PreTokenizer((_QWEN2,))),
-    ("qwen35", PreTokenizer((_tiktoken(r"\p{N}", letters=r"\p{L}\p{M}"),))),
-    ("tekken", PreTokenizer((_cased(r"\p{N}", ""),), True, True)),
-    ("gpt-4o o200k llama4 kanana2", PreTokenizer((_cased(r"\p{N}{1,3}", _SHORT + "?"),))),
-    ("deepseek-llm", PreTokenizer(
-        (r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", _CJK, r"\p{N}+"))),
-    ("deepseek-coder", PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"))),
-    ("deepseek-v3 hunyuan-dense", PreTokenizer(
-        (r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+",
-         r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|" + _SPACES))),
-    ("bloom poro-chat gpt3-finnish", PreTokenizer((_BLOOM,))),
-    ("viking", PreTokenizer((_BLOOM, r"\p{N}"))),
-]  # fmt: skip
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: row for names, row in _ROWS for name in names.split()}
+_FAMILIES: dict[str, PreTokenizer] = {
+    "gpt-2 mpt olmo jais phi-2 roberta-bpe trillion gigachat modern-bert exaone4 mellum a.x-4.0"
+    " jina-es jina-de jina-v1-en jina-v2-es jina-v2-de jina-v2-code": PreTokenizer((_GPT2,)),
+    "smollm starcoder refact command-r codeshell exaone minerva-7b": PreTokenizer((r"\p{N}", _GPT2)),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "falcon": PreTokenizer((_FALCON_MARKS, _GPT2, r"[0-9][0-9][0-9]")),
+    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2": PreTokenizer((_LLAMA3,), True, True),
+    "dbrx smaug-bpe glm4 chatglm-bpe": PreTokenizer((_LLAMA3,)),
+    "qwen2 stablelm2 hunyuan megrez deepseek-r1-qwen solar-open grok-2 kormo f2llmv2": PreTokenizer(
+        (_QWEN2,)
+    ),
+    "qwen35": PreTokenizer((_tiktoken(r"\p{N}", letters=r"\p{L}\p{M}"),)),
+    "tekken": PreTokenizer((_cased(r"\p{N}", ""),), True, True),
+    "gpt-4o llama4 kanana2 minimax-m2": PreTokenizer((_O200K,)),
+    "deepseek-llm": PreTokenizer(
+        (r"[\r\n]", rf"\s?{_CASED}+", r"\s?[!-/:-~！-／：-～‘-‟\x{3000}-。]+", r"\s+$", _CJK, r"\p{N}+")
+    ),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+    "deepseek-v3 hunyuan-dense joyai-llm": PreTokenizer(
+        (
+            r"\p{N}{1,3}",
+            r"[一-龥぀-ゟ゠-ヿ]+",
+            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+            r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|" + _SPACES,
+        )
+    ),
+    "bloom poro-chat gpt3-finnish": PreTokenizer((_BLOOM,)),
+    "viking": PreTokenizer((_BLOOM, r"\p{N}")),
+    "bailingmoe bailingmoe2 llada-moe": PreTokenizer((_QWEN2.replace(r"\s*[\r\n]+", r"\s*[\r\n]"),)),
+    "seed-coder": PreTokenizer((_QWEN2.replace(r"\p{N}]+[\r\n]*", r"\p{N}\r\n]+"),)),
+}
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    name: family for names, family in _FAMILIES.items() for name in names.split()
+}
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -82,7 +97,7 @@ _BYTES = _byte_alphabet()
 
 
 class ByteBPE:
-    """A `Codec` for tokenizer.ggml.model "gpt2": tokens, merges, and the split that tokenizer.ggml.pre names."""
+    """A `Codec` for tokenizer.ggml.model "gpt2": tokens, merges, and the split that `pre` names."""
 
     space_prefix = False
 
@@ -94,29 +109,8 @@ class ByteBPE:
             raise UnsupportedError(
                 f"{metadata.path}: tokenizer.ggml.pre: got {name[:80]!r}, supported are {known}"
             )
-        pre = PRE_TOKENIZERS[name]
-        self.add_bos = pre.add_bos
-        # Special tokens stay out of BPE's reach: they must not come out of plain text.
-        hidden = vocabulary.of_type(CONTROL, UNKNOWN, USER_DEFINED)
-        vocab = {token: i for i, token in enumerate(vocabulary.tokens) if token not in hidden}
-        self._tokenizer = self._build(vocabulary, vocab, pre)
-
-    @staticmethod
-    def _build(vocabulary: Vocabulary, vocab: dict[str, int], pre: PreTokenizer):  # type: ignore[no-untyped-def]
-        import tokenizers
-        from tokenizers import models, pre_tokenizers
-
-        merges = [tuple(merge.split(" ")) for merge in vocabulary.metadata.strings("merges")]
-        try:
-            model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
-        except Exception:  # it names no merge: find out which, or do without those that make special tokens
-            merges = _checked_merges(vocabulary, vocab, merges)
-            model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
-        tokenizer = tokenizers.Tokenizer(model)
-        splits = [pre_tokenizers.Split(tokenizers.Regex(split), "isolated") for split in pre.splits]
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-        return tokenizer
+        self.add_bos = PRE_TOKENIZERS[name].add_bos
+        self._tokenizer = _build(vocabulary, PRE_TOKENIZERS[name])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
@@ -132,16 +126,40 @@ class ByteBPE:
             )
 
 
-def _checked_merges(vocabulary: Vocabulary, vocab: dict[str, int], merges: list[tuple[str, ...]]) -> list:
-    """Merges whose three tokens are ordinary ones; FormatError for one that is no pair or names no token."""
-    known, kept = set(vocabulary.tokens), []
+def _build(vocabulary: Vocabulary, pre: PreTokenizer) -> tokenizers.Tokenizer:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    # Special tokens stay out of BPE's reach: they must not come out of plain text.
+    ordinary = dict(vocabulary.ids)
+    for token in vocabulary.special(CONTROL, UNKNOWN, USER_DEFINED):
+        del ordinary[token]
+    merges = [tuple(merge.split(" ")) for merge in vocabulary.metadata.strings("merges")]
+    try:
+        model = models.BPE(vocab=ordinary, merges=merges, ignore_merges=pre.ignore_merges)
+    except Exception:  # checking 49,000 merges takes longer than building them: look only after a refusal
+        merges = _usable_merges(vocabulary, ordinary, merges)
+        try:
+            model = models.BPE(vocab=ordinary, merges=merges, ignore_merges=pre.ignore_merges)
+        except Exception as error:
+            raise vocabulary.metadata.error("merges", error, "merges that make a BPE model") from None
+    tokenizer = Tokenizer(model)
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in pre.splits]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    return tokenizer
+
+
+def _usable_merges(vocabulary: Vocabulary, ordinary: dict[str, int], merges: list[Any]) -> list[Any]:
+    """Merges between ordinary tokens; FormatError for one that is no pair or names no token at all."""
+    kept = []
     for i, merge in enumerate(merges):
         if len(merge) != 2 or not all(merge):
-            raise vocabulary.metadata.error("merges", f"{' '.join(merge)!r} as merge {i}", "two tokens and a space")
+            shown = repr(" ".join(merge))
+            raise vocabulary.metadata.error("merges", f"{shown} at {i}", "two tokens and one space")
         names = (*merge, "".join(merge))
         for name in names:
-            if name not in known:
-                raise vocabulary.metadata.error("merges", f"{name!r} in merge {i}", "tokens of the vocabulary")
-        if all(name in vocab for name in names):
+            if name not in vocabulary.ids:
+                raise vocabulary.metadata.error("merges", f"{name!r} at {i}", "tokens of the vocabulary")
+        if all(name in ordinary for name in names):
             kept.append(merge)
     return kept

@@ -6,10 +6,9 @@ import re
 
 import numpy as np
 
-from .tokenizer import BYTE, CONTROL, NORMAL, UNDEFINED, UNKNOWN, Vocabulary
+from .vocabulary import BYTE, CONTROL, NORMAL, UNDEFINED, UNKNOWN, USER_DEFINED, Vocabulary
 
-_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-_BPE = 2  # TrainerSpec.ModelType
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class SentencePiece:
@@ -21,47 +20,28 @@ class SentencePiece:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2 as schema
 
-        metadata, count = vocabulary.metadata, len(vocabulary.tokens)
+        metadata = vocabulary.metadata
         if not vocabulary.typed:
             raise metadata.error("token_type", "nothing", "an array of types, one for each token")
-        scores = metadata.numbers("scores", count, "fiu")
+        scores = metadata.numbers("scores", len(vocabulary), "fiu")
         if scores is None:
             raise metadata.error("scores", "nothing", "an array of scores, one for each token")
-        if not np.isfinite(scores).all():
-            raise metadata.error("scores", "a value that is not finite", "finite numbers")
+        if not (abs(scores) < np.finfo(np.float32).max).all():
+            raise metadata.error("scores", "a score that is infinite or no number", "finite scores")
+        types = _piece_types(vocabulary)
         self.space_prefix = metadata.flag("add_space_prefix", True)
-        types = self._checked_types(vocabulary)
         proto = schema.ModelProto()
-        for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types, strict=True):
-            proto.pieces.add(piece=token, score=score, type=kind)
-        proto.trainer_spec.model_type = _BPE
+        proto.trainer_spec.model_type = proto.trainer_spec.BPE
         proto.trainer_spec.byte_fallback = BYTE in types
         proto.normalizer_spec.name = "identity"
         proto.normalizer_spec.add_dummy_prefix = self.space_prefix
         proto.normalizer_spec.remove_extra_whitespaces = False
         try:
+            for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types, strict=True):
+                proto.pieces.add(piece=token, score=score, type=kind)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        except RuntimeError as error:
-            raise metadata.error("tokens", " ".join(str(error).split()), "a valid SentencePiece model") from None
-
-    @staticmethod
-    def _checked_types(vocabulary: Vocabulary) -> list[int]:
-        """Types as SentencePiece wants them: exactly one unknown token, and all bytes or none."""
-        metadata, tokens = vocabulary.metadata, vocabulary.tokens
-        types = [NORMAL if kind == UNDEFINED else kind for kind in vocabulary.types]
-        unknown = metadata.token_id("unknown_token_id", len(tokens))
-        unknowns = [i for i, kind in enumerate(types) if kind == UNKNOWN]
-        if unknown is None:
-            unknown = unknowns[0] if unknowns else 0
-        for i in unknowns:
-            types[i] = CONTROL
-        types[unknown] = UNKNOWN
-        found = {token.upper() for token, kind in zip(tokens, types, strict=True) if kind == BYTE}
-        wanted = {f"<0X{byte:02X}>" for byte in range(256)}
-        if found and found != wanted:
-            odd = sorted(found ^ wanted)[0]
-            raise metadata.error("tokens", f"{len(found)} byte tokens (see {odd})", "<0x00> to <0xFF>, or none")
-        return types
+        except (RuntimeError, ValueError) as error:
+            raise metadata.error("tokens", error, "pieces of a SentencePiece model") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
@@ -72,3 +52,20 @@ class SentencePiece:
         if kind == BYTE and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(match[1], 16)])
         return token.replace("\u2581", " ").encode("utf-8", "replace")
+
+
+def _piece_types(vocabulary: Vocabulary) -> list[int]:
+    """Types as SentencePiece wants them: one unknown token, and all 256 bytes or none."""
+    # User-defined tokens are cut out of the text before SentencePiece sees it, so they need no place there.
+    plain = {UNDEFINED: NORMAL, USER_DEFINED: CONTROL, UNKNOWN: CONTROL}
+    types = [plain.get(kind, kind) for kind in vocabulary.types]
+    unknown = vocabulary.metadata.token_id("unknown", len(types))
+    if unknown is None:
+        unknown = next(iter(vocabulary.special(UNKNOWN).values()), 0)
+    types[unknown] = UNKNOWN
+    found = {token for token, kind in zip(vocabulary.tokens, types, strict=True) if kind == BYTE}
+    if found and found != {f"<0x{byte:02X}>" for byte in range(256)}:
+        raise vocabulary.metadata.error(
+            "token_type", f"{len(found)} byte tokens", "none, or the 256 tokens <0x00> to <0xFF>"
+        )
+    return types
