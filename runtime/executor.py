@@ -71,7 +71,6 @@ class CPUExecutor:
         out_rows[: len(outputs)] = outputs
         step = self._step
         step[Step.n_tok // 8], step[Step.n_out // 8], step[Step.n_tiles // 8] = row, len(outputs), n_tiles
-        self._tape.reset()
         self._pool.run(self._tape.rows.ctypes.data, len(self._tape.rows), step.ctypes.data)
         for sequence, tokens in batch:
             sequence.tokens.extend(tokens.tolist())

@@ -11,7 +11,6 @@ from typing import Any
 from .layout import KV_BLOCK, Attention, Step
 from .simd import (
     LANES,
-    atomic_add,
     f32_at,
     f64_at,
     hmax,
@@ -32,6 +31,7 @@ from .simd import (
     tile_zero,
     where_less,
 )
+from .tape import finish, take
 from .vmath import exp
 from .weights import inline
 
@@ -67,7 +67,6 @@ def _pass(tokens: int) -> Any:
                 for d in range(dim_k):
                     tile = tile_fma(tile, load_f16(kb + (d * block + j) * 2, lanes), q_panel + d * 4 * tokens)
                 tile_store(scores + j * 4, tile, block * 4)
-            rescale = False
             positions = lane_numbers(block) + splat_i32(b * block, block)
             for t in range(tokens):
                 limit = i32_at(limits + t * 4)
@@ -109,7 +108,7 @@ def build(family: str, variant: str) -> Any:
     many, block, lanes = 4, KV_BLOCK, LANES
     attend_many, attend_one = _pass(many), _pass(1)
 
-    def attention(args, step, ith, nth):
+    def attention(args, step, ith, turn):
         n_tiles, tiles = i64_at(step + step_of.n_tiles), i64_at(step + step_of.tiles)
         positions, tables = i64_at(step + step_of.positions), i64_at(step + step_of.tables)
         q, out = i64_at(args + args_of.q), i64_at(args + args_of.out)
@@ -125,9 +124,10 @@ def build(family: str, variant: str) -> Any:
         weights = scores + many * block * 4
         o = weights + many * block * 4
         q_panel = o + many * o_stride
+        n_chunks = n_tiles * n_kv
         while True:
-            chunk = atomic_add(args, 1)
-            if chunk >= n_tiles * n_kv:
+            chunk = take(args, turn, n_chunks)
+            if chunk < 0:
                 break
             tile, h = tiles + (chunk // n_kv) * 12, chunk % n_kv
             first, count = i32_at(tile), i32_at(tile + 4)
@@ -159,5 +159,7 @@ def build(family: str, variant: str) -> Any:
                     for d in range(dim_v):
                         put_f32(target + d * 4, f32_at(o + t * o_stride + d * 4) * inverse)
                 at += here
+            finish(args)
+        return n_chunks
 
     return attention

@@ -38,7 +38,7 @@ def build(name: str) -> tuple[Any, Any]:
     module = import_module(f".{FAMILIES[family]}", __package__)
     function = module.build(family, variant)
     arity = function.__code__.co_argcount
-    return function, types.void(*[types.intp] * arity)
+    return function, types.int64(*[types.intp] * arity)
 
 
 def to_module(name: str) -> Any:
@@ -66,11 +66,12 @@ def _entry(native: str, arity: int) -> str:
     types_only = ", ".join(["i64"] * arity)
     return f"""
         declare i32 @"{native}"(ptr, ptr, {types_only})
-        define void @{SYMBOL}({arguments}) {{
-            %result = alloca ptr
+        define i64 @{SYMBOL}({arguments}) {{
+            %result = alloca i64
             %error = alloca ptr
             %status = call i32 @"{native}"(ptr %result, ptr %error, {arguments})
-            ret void
+            %value = load i64, ptr %result
+            ret i64 %value
         }}
     """
 

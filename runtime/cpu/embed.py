@@ -6,7 +6,6 @@ from typing import Any
 
 from .layout import Embed, Step
 from .simd import (
-    atomic_add,
     f16_at,
     fma,
     hsum,
@@ -22,6 +21,7 @@ from .simd import (
     store,
     unsigned_to_f32,
 )
+from .tape import finish, take
 from .weights import FLOAT, PLAIN, SUPER, inline
 
 
@@ -29,7 +29,7 @@ def build(family: str, variant: str) -> Any:
     args_of, step_of = Embed, Step
     dequantise = _dequantiser(variant)
 
-    def embed(args, step, ith, nth):
+    def embed(args, step, ith, turn):
         n_tok, ids = i64_at(step + step_of.n_tok), i64_at(step + step_of.ids)
         w, out, k, row_bytes = (
             i64_at(args + args_of.w),
@@ -38,10 +38,12 @@ def build(family: str, variant: str) -> Any:
             i64_at(args + args_of.row_bytes),
         )
         while True:
-            t = atomic_add(args, 1)
-            if t >= n_tok:
+            t = take(args, turn, n_tok)
+            if t < 0:
                 break
             dequantise(w + i32_at(ids + t * 4) * row_bytes, out + t * k * 4, k)
+            finish(args)
+        return n_tok
 
     return embed
 

@@ -17,16 +17,20 @@ from typing import Any
 
 
 def record(name: str, fields: str) -> Any:
-    """A named tuple of byte offsets: `record("Norm", "x w")` is (x=8, w=16); offset 0 is the chunk counter."""
+    """A named tuple of byte offsets of int64 slots: `record("Step", "n_tok ids")` is (n_tok=0, ids=8)."""
     names = fields.split()
-    return namedtuple(name, ["counter", *names])(*range(0, 8 * (len(names) + 1), 8))
+    return namedtuple(name, names)(*range(0, 8 * len(names), 8))
+
+
+def arguments(name: str, fields: str) -> Any:
+    """An op's argument record: its chunk counter, the address of its segment's count of finished chunks, its fields."""
+    return record(name, f"counter done {fields}")
 
 
 # What a step tells the kernels: token counts, and addresses of int32 arrays with one entry a token.
 # tiles: int32 rows (first token, tokens, sequence) for attention; tables: int64 addresses of block tables.
 Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots")
-# Shared by the threads of a walk, one cache line each.
-Sync = namedtuple("Sync", "arrived phase yield_function")(0, 64, 128)
+Row = record("Row", "kernel args barrier")
 
 TILE_MIN = 8  # tokens from which on the tiled kernel is used
 PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
@@ -35,12 +39,12 @@ KV_BLOCK = 32  # tokens in a block of the KV cache
 QUERY_TILE = 8  # query tokens that share one pass over the KV cache
 
 _PACKED = "xq xd xn xs xf quantised floats"
-MatMul = record("MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes")
-Pack = record("Pack", f"src second k stride count segment scratch scratch_bytes {_PACKED}")
-Norm = record("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")
-Embed = record("Embed", "w out k row_bytes")
-Rope = record("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")
-Attention = record("Attention", "q out n_head n_kv dim_k dim_v keys values scale window scratch scratch_bytes")
+MatMul = arguments("MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes")
+Pack = arguments("Pack", f"src second k stride count segment scratch scratch_bytes {_PACKED}")
+Norm = arguments("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")
+Embed = arguments("Embed", "w out k row_bytes")
+Rope = arguments("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")
+Attention = arguments("Attention", "q out n_head n_kv dim_k dim_v keys values scale window scratch scratch_bytes")
 
 
 def packed_bytes(k: int, tokens: int, quantised: bool) -> dict[str, int]:

@@ -13,9 +13,10 @@ from ...formats.errors import UnsupportedError
 from ...formats.gguf import GGUFFile
 from ..graph import Graph, Node
 from ..kv_cache import KVCache
+from ..memory import ALIGNMENT as CACHE_LINE
 from ..memory import aligned
 from . import jit
-from .layout import KV_BLOCK, PANEL_ROWS, Attention, Embed, MatMul, Norm, Pack, Rope, Step, packed_bytes, panel_bytes
+from .layout import KV_BLOCK, PANEL_ROWS, Attention, Embed, MatMul, Norm, Pack, Rope, Row, Step, packed_bytes, panel_bytes
 
 FLOATS = ("F32", "F16", "BF16")
 GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"), 32)
@@ -26,14 +27,10 @@ _SEGMENT = 512  # activations that a thread packs at a time
 
 
 class Tape:
-    """rows int64 [n, 4] and records int64 [n, _SLOTS], with the buffers that they point into."""
+    """rows int64 [n, len(Row)] and records int64 [n, _SLOTS], with the buffers that they point into."""
 
-    def __init__(self, rows: np.ndarray, records: np.ndarray, buffers: dict[str, np.ndarray]) -> None:
-        self.rows, self.records, self.buffers = rows, records, buffers
-
-    def reset(self) -> None:
-        """Zero the chunk counters for the next walk."""
-        self.records[:, 0] = 0
+    def __init__(self, rows: np.ndarray, records: np.ndarray, counts: np.ndarray, buffers: dict[str, np.ndarray]) -> None:
+        self.rows, self.records, self.counts, self.buffers = rows, records, counts, buffers
 
 
 class _Lowering:
@@ -252,15 +249,19 @@ class _Lowering:
     def tape(self, progress: jit.Progress | None) -> tuple[Tape, int]:
         kernels = jit.load(["walk", *(kernel for kernel, _, _ in self.ops)], progress=progress)
         self.barriers[-1] = True
-        records = np.zeros((len(self.ops), _SLOTS), np.int64)
-        rows = np.zeros((len(self.ops), 4), np.int64)
+        records = aligned(len(self.ops) * _SLOTS * 8, zero=True).view(np.int64).reshape(-1, _SLOTS)
+        rows = np.zeros((len(self.ops), len(Row)), np.int64)
+        counts = aligned(len(self.ops) * CACHE_LINE, zero=True)  # of finished chunks, one a segment
+        segment = 0
         for i, (kernel, fields, layout) in enumerate(self.ops):
+            fields["done"] = counts.ctypes.data + segment * CACHE_LINE
             for name, value in fields.items():
                 if isinstance(value, float):
                     value = struct.unpack("q", struct.pack("d", value))[0]
                 records[i, getattr(layout, name) // 8] = value
-            rows[i] = kernels[kernel], records[i].ctypes.data, self.barriers[i], 0
-        return Tape(rows, records, self.buffers), kernels["walk"]
+            rows[i] = kernels[kernel], records[i].ctypes.data, self.barriers[i]
+            segment += self.barriers[i]
+        return Tape(rows, records, counts, self.buffers), kernels["walk"]
 
 
 def lower(

@@ -13,7 +13,6 @@ from .layout import TILE_MIN, MatMul
 from .simd import (
     LANES,
     WIDE,
-    atomic_add,
     concat,
     dot4,
     f16_at,
@@ -41,6 +40,7 @@ from .simd import (
     tile_zero,
     to_f32,
 )
+from .tape import finish, take
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
 
 TOKENS = 8 if WIDE == 64 else 4  # tokens in a register tile
@@ -63,7 +63,7 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
     scale_bytes = 4 * ROWS // group if group else 0  # of the scales, a weight column
 
     @inline
-    def finish(args, out, r, value):
+    def put(args, out, r, value):
         """Write one output: plus its bias, plus what is there if the op adds."""
         bias = i64_at(args + args_of.bias)
         if bias != 0:
@@ -73,15 +73,16 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
         put_f32(out, value)
 
     @inline
-    def by_rows(args, n_tok):
+    def by_rows(args, n_tok, turn):
         w, out, k, n = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.k), i64_at(args + args_of.n)
         row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
         chunk = i64_at(args + args_of.chunk)
         xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
         xn, xs, xf = i64_at(args + args_of.xn), i64_at(args + args_of.xs), i64_at(args + args_of.xf)
+        n_chunks = (n + chunk - 1) // chunk
         while True:
-            first = atomic_add(args, 1) * chunk
-            if first >= n:
+            first = take(args, turn, n_chunks) * chunk
+            if first < 0:
                 break
             for r in range(first, min(first + chunk, n)):
                 for t in range(n_tok):
@@ -90,7 +91,9 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
                         value = row_dot(w + r * row_bytes, xq + o, xd + o, xn + o, xs + o, k)
                     else:
                         value = row_dot(w + r * row_bytes, xf + 4 * o, 0, 0, 0, k)
-                    finish(args, out + (t * stride + r) * 4, r, value)
+                    put(args, out + (t * stride + r) * 4, r, value)
+            finish(args)
+        return n_chunks
 
     @inline
     def write_tile(args, tile_at, out, stride, r0, n, t0, n_tok):
@@ -106,10 +109,10 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
                 store(target, v)
             else:
                 for r in range(n - r0):
-                    finish(args, target + r * 4, r0 + r, f32_at(tile_at + t * wide + r * 4))
+                    put(args, target + r * 4, r0 + r, f32_at(tile_at + t * wide + r * 4))
 
     @inline
-    def by_tiles(args, n_tok, ith):
+    def by_tiles(args, n_tok, ith, turn):
         w, out, k, n = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.k), i64_at(args + args_of.n)
         row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
         panels = i64_at(args + args_of.panels)
@@ -120,9 +123,10 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
         if quantised:
             scales = quants + panels * k * rows
             minima = scales + panels * k * scale_bytes
+        n_chunks = (n + panels * rows - 1) // (panels * rows)
         while True:
-            first = atomic_add(args, 1) * panels * rows
-            if first >= n:
+            first = take(args, turn, n_chunks) * panels * rows
+            if first < 0:
                 break
             here = min(panels, (n - first + rows - 1) // rows)
             for g in range(here):
@@ -156,13 +160,14 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
                         tile = multiply(quants + g * k * wide, 0, 0, xf + p * k * tokens * 4, 0, 0, k)
                     tile_store(tile_at, tile, wide)
                     write_tile(args, tile_at, out, stride, first + g * rows, n, t0, n_tok)
+            finish(args)
+        return n_chunks
 
-    def matmul(args, step, ith, nth):
+    def matmul(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
         if n_tok < tile_min:
-            by_rows(args, n_tok)
-        else:
-            by_tiles(args, n_tok, ith)
+            return by_rows(args, n_tok, turn)
+        return by_tiles(args, n_tok, ith, turn)
 
     return matmul
 

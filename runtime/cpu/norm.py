@@ -9,7 +9,6 @@ from .layout import Norm
 from .pack import pack_span
 from .simd import (
     LANES,
-    atomic_add,
     f32_at,
     f64_at,
     fma,
@@ -21,6 +20,7 @@ from .simd import (
     splat_f32,
     store,
 )
+from .tape import finish, take
 
 
 def build(family: str, variant: str) -> Any:
@@ -29,7 +29,7 @@ def build(family: str, variant: str) -> Any:
     lanes = LANES
     sqrt = math.sqrt
 
-    def norm(args, step, ith, nth):
+    def norm(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
         src, weight, k = i64_at(args + args_of.src), i64_at(args + args_of.weight), i64_at(args + args_of.k)
         eps = f64_at(args + args_of.eps)
@@ -39,8 +39,8 @@ def build(family: str, variant: str) -> Any:
         xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
         quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
         while True:
-            t = atomic_add(args, 1)
-            if t >= n_tok:
+            t = take(args, turn, n_tok)
+            if t < 0:
                 break
             r = t
             if rows != 0:
@@ -65,5 +65,7 @@ def build(family: str, variant: str) -> Any:
                 put_f32(y + i * 4, f32_at(x + i * 4) * scale * f32_at(weight + i * 4))
                 i += 1
             pack_span(y, 0, k, k, t, n_tok, xq, xd, xn, xs, xf, quantised, floats)
+            finish(args)
+        return n_tok
 
     return norm

@@ -8,8 +8,6 @@ from .layout import TILE_MIN, Pack
 from .matmul import TOKENS
 from .simd import (
     LANES,
-    atomic_add,
-    concat,
     dot4,
     f32_at,
     hmax,
@@ -26,8 +24,8 @@ from .simd import (
     store_dwords,
     to_f32,
     vabs,
-    vmax,
 )
+from .tape import finish, take
 from .vmath import silu
 from .weights import inline
 
@@ -85,7 +83,7 @@ def build(family: str, variant: str) -> Any:
     activate = family == "activate"
     lanes = LANES
 
-    def pack(args, step, ith, nth):
+    def pack(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
         src, second = i64_at(args + args_of.src), i64_at(args + args_of.second)
         k, stride, segment = i64_at(args + args_of.k), i64_at(args + args_of.stride), i64_at(args + args_of.segment)
@@ -93,9 +91,10 @@ def build(family: str, variant: str) -> Any:
         xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
         quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
         parts = (k + segment - 1) // segment
+        n_chunks = n_tok * parts
         while True:
-            c = atomic_add(args, 1)
-            if c >= n_tok * parts:
+            c = take(args, turn, n_chunks)
+            if c < 0:
                 break
             t = c // parts
             begin = (c % parts) * segment
@@ -112,5 +111,7 @@ def build(family: str, variant: str) -> Any:
                     put_f32(row + i * 4, hsum(silu(load_f32(row + i * 4, 1), 1) * load_f32(other + i * 4, 1)))
                     i += 1
             pack_span(row, begin, end, k, t, n_tok, xq, xd, xn, xs, xf, quantised, floats)
+            finish(args)
+        return n_chunks
 
     return pack

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import KV_BLOCK, Rope, Step
-from .simd import atomic_add, f32_at, i32_at, i64_at, put_f16, put_f32
+from .simd import f32_at, i32_at, i64_at, put_f16, put_f32
+from .tape import finish, take
 from .weights import inline
 
 
@@ -29,7 +30,7 @@ def build(family: str, variant: str) -> Any:
             put_f32(a, u * c - v * s)
             put_f32(b, u * s + v * c)
 
-    def rope(args, step, ith, nth):
+    def rope(args, step, ith, turn):
         n_tok = i64_at(step + step_of.n_tok)
         q, k, v = i64_at(args + args_of.q), i64_at(args + args_of.k), i64_at(args + args_of.v)
         n_head, n_kv = i64_at(args + args_of.n_head), i64_at(args + args_of.n_kv)
@@ -37,9 +38,10 @@ def build(family: str, variant: str) -> Any:
         keys, values = i64_at(args + args_of.keys), i64_at(args + args_of.values)
         positions, slots = i64_at(step + step_of.positions), i64_at(step + step_of.slots)
         group = n_head // n_kv
+        n_chunks = n_tok * n_kv
         while True:
-            c = atomic_add(args, 1)
-            if c >= n_tok * n_kv:
+            c = take(args, turn, n_chunks)
+            if c < 0:
                 break
             t, h = c // n_kv, c % n_kv
             table = i64_at(args + args_of.table) + i32_at(positions + t * 4) * rope_dim * 4
@@ -56,5 +58,7 @@ def build(family: str, variant: str) -> Any:
             to_v = values + ((at * n_kv + h) * block + lane) * dim_v * 2
             for i in range(dim_v):
                 put_f16(to_v + i * 2, f32_at(value + i * 4))
+            finish(args)
+        return n_chunks
 
     return rope

@@ -616,6 +616,28 @@ def atomic_get(typingctx, address):
 
 
 @intrinsic
+def atomic_swap(typingctx, address, expected, value):
+    """Put `value` at `address` if it holds `expected`; whether it did."""
+
+    def codegen(context, b, sig, args):
+        result = b.cmpxchg(pointer(b, args[0], _i64), args[1], args[2], "acq_rel", "acquire")
+        return b.extract_value(result, 1)
+
+    return types.boolean(types.intp, types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_put(typingctx, address, value):
+    """Store to the 64-bit integer at `address`, releasing."""
+
+    def codegen(context, b, sig, args):
+        b.store_atomic(args[1], pointer(b, args[0], _i64), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), codegen
+
+
+@intrinsic
 def pause(typingctx):
     """Tell the core that this is a spin loop."""
 
@@ -628,15 +650,13 @@ def pause(typingctx):
 
 
 @intrinsic
-def call_kernel(typingctx, function, args_address, step, ith, nth):
-    """Call the kernel at address `function`."""
+def call_kernel(typingctx, function, args_address, step, ith, turn):
+    """Call the kernel at address `function`; the number of chunks that its work has."""
 
     def codegen(context, b, sig, args):
-        ty = ir.FunctionType(ir.VoidType(), [_i64] * 4)
-        b.call(pointer(b, args[0], ty), args[1:])
-        return context.get_dummy_value()
+        return b.call(pointer(b, args[0], ir.FunctionType(_i64, [_i64] * 4)), args[1:])
 
-    return types.void(*[types.intp] * 5), codegen
+    return types.int64(*[types.intp] * 5), codegen
 
 
 @intrinsic

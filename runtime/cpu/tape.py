@@ -1,44 +1,78 @@
 """The tape: the CPU part of a graph as rows of (kernel address, argument record, barrier), walked by every thread.
 
-A row is four int64: the kernel's address, the address of its argument record, whether a barrier follows, unused.
-Kernels have one signature, `(args, step, ith, nth)`; an argument record is int64 slots that start with a chunk
-counter: threads take chunks of an op's work from it until none is left, so a slow core holds nobody up.
+Kernels have one signature, `(args, step, ith, turn)`, and return how many chunks their work has. Threads take chunks
+from the op's counter until none is left, so a slow core holds nobody up. The rows up to a barrier are a segment, with
+one count of finished chunks: a thread goes on when that count is full, whether or not the other threads have come by.
+One that comes late (its core was lent to somebody else) finds nothing to take and catches up.
+
+A counter holds the number of its step, the *turn*, above bit 32, so that a thread that is late by a whole step cannot
+take work of the next. After its last row, thread 0 sets all counters to the next turn.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .layout import Sync
+from .layout import Row
+from .simd import (
+    atomic_add,
+    atomic_get,
+    atomic_put,
+    atomic_swap,
+    call_kernel,
+    call_plain,
+    i64_at,
+    pause,
+)
+from .weights import inline
 
-ROW = 32  # bytes of a tape row
-SPINS = 4000  # barrier polls before the core is offered to others
+_SPINS = 2000  # polls of a count before the core is offered to others
+_ROW_BYTES = 8 * len(Row)
+
+
+@inline
+def take(args, turn, n):
+    """The next of an op's n chunks, or -1 when none is left or the turn is over."""
+    while True:
+        value = atomic_get(args)
+        if value >> 32 != turn or value & 0xFFFFFFFF >= n:
+            return -1
+        if atomic_swap(args, value, value + 1):
+            return value & 0xFFFFFFFF
+
+
+@inline
+def finish(args):
+    """Count a chunk as finished; its results are visible to whoever sees the count."""
+    atomic_add(i64_at(args + 8), 1)
 
 
 def build(family: str, variant: str) -> Any:
-    """The walker: every thread runs it over the same tape."""
-    from .simd import atomic_add, atomic_get, call_kernel, call_plain, i64_at, pause
+    """The walker: every thread runs it over the same tape. `yield_function`: see call_plain, or 0."""
+    row_bytes, row_of, spins = _ROW_BYTES, Row, _SPINS
 
-    spins = SPINS
-    row_bytes = ROW
-    sync = Sync
-
-    def walk(tape, n_rows, step, ith, nth, shared):
+    def walk(tape, n_rows, step, ith, turn, yield_function):
+        expected = 0
         for i in range(n_rows):
             row = tape + i * row_bytes
-            call_kernel(i64_at(row), i64_at(row + 8), step, ith, nth)
-            if nth > 1 and i64_at(row + 16) != 0:
-                phase = atomic_get(shared + sync.phase)
-                if atomic_add(shared + sync.arrived, 1) == nth - 1:
-                    atomic_add(shared + sync.arrived, -nth)
-                    atomic_add(shared + sync.phase, 1)
-                else:
-                    polls = 0
-                    while atomic_get(shared + sync.phase) == phase:
-                        polls += 1
-                        if polls < spins:
-                            pause()
-                        elif i64_at(shared + sync.yield_function) != 0:
-                            call_plain(i64_at(shared + sync.yield_function))
+            args = i64_at(row + row_of.args)
+            expected += call_kernel(i64_at(row + row_of.kernel), args, step, ith, turn)
+            if i64_at(row + row_of.barrier) != 0:
+                polls = 0
+                while atomic_get(i64_at(args + 8)) < expected:
+                    if atomic_get(args) >> 32 != turn:
+                        return 0
+                    polls += 1
+                    if polls < spins or yield_function == 0:
+                        pause()
+                    else:
+                        call_plain(yield_function)
+                expected = 0
+        if ith == 0:
+            for i in range(n_rows):
+                args = i64_at(tape + i * row_bytes + row_of.args)
+                atomic_put(args, (turn + 1) << 32)
+                atomic_put(i64_at(args + 8), 0)
+        return 0
 
     return walk

@@ -6,11 +6,7 @@ import ctypes
 import os
 import threading
 
-import numpy as np
-
-from .layout import Sync
-
-_WALK = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 6)
+_WALK = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 6)
 
 
 def _yield_function() -> int:
@@ -27,40 +23,47 @@ class ThreadPool:
     def __init__(self, walker: int, n_threads: int) -> None:
         self.n_threads = n_threads
         self._walk = _WALK(walker)
-        self._shared = np.zeros(64, np.int64)
-        self._shared[Sync.yield_function // 8] = _yield_function()
-        self._job: tuple[int, int, int] | None = None
+        self._yield = _yield_function()
+        self._turn = 0
+        self._job: tuple[int, int, int, int] | None = None
         self._gates = [threading.Lock() for _ in range(n_threads - 1)]
         for gate in self._gates:
             gate.acquire()
         self._threads = [
-            threading.Thread(target=self._serve, args=(i,), name=f"hotcold-{i}", daemon=True) for i in range(1, n_threads)
+            threading.Thread(target=self._serve, args=(gate, i), name=f"hotcold-{i}", daemon=True)
+            for i, gate in enumerate(self._gates, 1)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _serve(self, ith: int) -> None:
-        gate = self._gates[ith - 1]
-        walk, shared, nth = self._walk, self._shared.ctypes.data, self.n_threads
+    def _serve(self, gate: threading.Lock, ith: int) -> None:
         while True:
             gate.acquire()
-            if self._job is None:
+            job = self._job
+            if job is None:
                 return
-            tape, rows, step = self._job
-            walk(tape, rows, step, ith, nth, shared)
+            tape, rows, step, turn = job
+            self._walk(tape, rows, step, ith, turn, self._yield)
 
     def run(self, tape: int, rows: int, step: int) -> None:
-        """Walk a tape once; returns when every thread has finished its last row (which must have a barrier)."""
-        self._job = (tape, rows, step)
+        """Walk a tape once; returns when its work is done (the last row must have a barrier).
+
+        A pool walks one tape all its life: the turn that the tape's counters hold is the pool's.
+        """
+        self._job = (tape, rows, step, self._turn)
+        self._open_gates()
+        self._walk(tape, rows, step, 0, self._turn, self._yield)
+        self._turn += 1
+
+    def _open_gates(self) -> None:
         for gate in self._gates:
-            gate.release()
-        self._walk(tape, rows, step, 0, self.n_threads, self._shared.ctypes.data)
+            if gate.locked():  # else its thread has not come back yet, and will see the new job
+                gate.release()
 
     def close(self) -> None:
         """End the threads."""
         self._job = None
-        for gate in self._gates:
-            gate.release()
+        self._open_gates()
         for thread in self._threads:
             thread.join()
         self._gates, self._threads = [], []
