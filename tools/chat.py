@@ -13,7 +13,7 @@ import typer
 from .. import __version__
 from ..formats.errors import HotcoldError, ParameterError
 from . import console, options
-from .conversation import Conversation
+from .conversation import CHAT_LENGTH, Conversation
 from .run import read_stdin
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Length = Annotated[
 def chat(
     model: options.Model = options.DEFAULT_MODEL,
     system: options.System = None,
-    n_predict: Length = -1,
+    n_predict: Length = CHAT_LENGTH,
     temp: options.Temp = None,
     top_k: options.TopK = None,
     top_p: options.TopP = None,
@@ -116,6 +116,10 @@ class Repl:
                 sys.stdout.write("\n")
             sys.stdout.write("\n")
             sys.stdout.flush()
+        if 0 <= self.talk.n_predict <= self.talk.llm.stats().decode_tokens:
+            self.say(
+                f"Stopped at {self.talk.n_predict} tokens: /set parameter n_predict -1 takes the limit off."
+            )
         if self.talk.dropped and not self.told_dropped:
             self.told_dropped = True
             self.say("The conversation outgrew the context: the model no longer sees its oldest turns.")

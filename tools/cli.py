@@ -35,7 +35,9 @@ class Commands(TyperGroup):
                 # Whoever read us has gone: nothing to say, and nothing left to flush at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise SystemExit(EXIT_PIPE) from None
-            except (HotcoldError, MemoryError, OSError) as exc:
+            except Exception as exc:
+                if hasattr(exc, "exit_code") or isinstance(exc, typer.Abort):
+                    raise  # Typer's own: --help, wrong usage
                 if os.environ.get("HOTCOLD_DEBUG") == "1":
                     traceback.print_exc()
                 print(f"hotcold: error: {_message(exc)}", file=sys.stderr)
@@ -43,13 +45,14 @@ class Commands(TyperGroup):
 
 
 def _message(exc: BaseException) -> str:
-    if isinstance(exc, MemoryError):
-        said = str(exc) or "out of memory"
-        text = f"{said}; try a shorter context (-c) or a smaller model"
+    if isinstance(exc, HotcoldError):
+        text = str(exc)
+    elif isinstance(exc, MemoryError):
+        text = f"{exc or 'out of memory'}; try a shorter context (-c) or a smaller model"
     elif isinstance(exc, OSError):
         text = f"{exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else str(exc)
     else:
-        text = str(exc)
+        text = f"a bug: {type(exc).__name__}: {exc}; HOTCOLD_DEBUG=1 shows where, please report it"
     return " ".join(text.split())
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
+CHAT_LENGTH = 1024  # small models may never end by themselves
 FORMAT, VERSION = "hotcold-chat", 1
 PARAMETERS: dict[str, type] = {
     "temperature": float,
@@ -43,7 +44,7 @@ class Conversation:
         model: str,
         system: str | None = None,
         options: dict[str, Any] | None = None,
-        n_predict: int = -1,
+        n_predict: int = CHAT_LENGTH,
     ) -> None:
         self.llm, self.model, self.system = llm, model, system
         self.options = dict(options or {})
@@ -134,7 +135,7 @@ class Conversation:
     def _apply(self, parameters: dict[str, Any]) -> None:
         from ..runtime.sampler import SamplingParams
 
-        n_predict = parameters.get("n_predict", -1)
+        n_predict = parameters.get("n_predict", CHAT_LENGTH)
         if n_predict < -1:
             raise ParameterError(f"n_predict: got {n_predict}, wanted -1 (no limit) or more")
         options = {name: value for name, value in parameters.items() if name != "n_predict"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import console, options
+from .conversation import CHAT_LENGTH
 
 if TYPE_CHECKING:
     from ..runtime.session import Stats
@@ -23,7 +24,7 @@ Length = Annotated[
         "-n",
         metavar="N",
         min=-1,
-        help=f"Tokens at most [{RAW_LENGTH}; --chat: -1, no limit].",
+        help=f"Tokens at most; -1 is no limit. [{RAW_LENGTH}, with --chat {CHAT_LENGTH}]",
     ),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Use the model's chat template: the prompt is a message.")]
@@ -55,7 +56,7 @@ def run(
         raise typer.BadParameter("a system prompt needs --chat", param_hint="--system")
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     if n_predict is None:
-        n_predict = -1 if chat else RAW_LENGTH
+        n_predict = CHAT_LENGTH if chat else RAW_LENGTH
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
     with console.open_llm(model, ctx, threads) as llm:
         if chat:
