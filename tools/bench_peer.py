@@ -117,10 +117,10 @@ def serve(llama_cpp: Any, requests: TextIO, replies: TextIO) -> None:
 
 def main() -> None:
     """Keep stdout for replies alone, whatever the C library prints."""
-    import llama_cpp  # type: ignore[import-not-found]
-
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    import llama_cpp  # type: ignore[import-not-found]
+
     silence = llama_cpp.llama_log_callback(_silent)
     llama_cpp.llama_log_set(silence, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()

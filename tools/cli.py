@@ -48,7 +48,7 @@ def _message(exc: BaseException) -> str:
     if isinstance(exc, HotcoldError):
         text = str(exc)
     elif isinstance(exc, MemoryError):
-        text = f"{exc or 'out of memory'}; try a shorter context (-c) or a smaller model"
+        text = f"{str(exc) or 'out of memory'}; try a shorter context (-c) or a smaller model"
     elif isinstance(exc, OSError):
         text = f"{exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else str(exc)
     else:
