@@ -291,7 +291,9 @@ def _super(t: Super) -> tuple[Any, Any, Any, bool, int]:
             ints = dot4(shl(load_i32(n, 16), shift), concat(u, v), load_i8(q, 64), big)
         return fma(to_f32(ints), scale * load_f32(d, 16), acc)
 
-    per_64, per_32 = 64 // group, 32 // group  # sub-blocks in a chunk
+    # First sub-block of the second, third and fourth chunk of 64 or 32 weights.
+    b1, b2, b3 = (i * 64 // group for i in (1, 2, 3))
+    c1, c2, c3 = (i * 32 // group for i in (1, 2, 3))
 
     @inline
     def row_dot_64(p, q, d, n, s, k):
@@ -307,30 +309,30 @@ def _super(t: Super) -> tuple[Any, Any, Any, bool, int]:
             )
             c = i + 64
             b = chunk_64(
-                u2, u3, q + c, d + c, n + c, s + c, spread(sc, per_64, repeat, 16), spread(mn, per_64, repeat, 16), b
+                u2, u3, q + c, d + c, n + c, s + c, spread(sc, b1, repeat, 16), spread(mn, b1, repeat, 16), b
             )
             c = i + 128
             a = chunk_64(
-                v0, v1, q + c, d + c, n + c, s + c, spread(sc, 2 * per_64, repeat, 16), spread(mn, 2 * per_64, repeat, 16), a
+                v0, v1, q + c, d + c, n + c, s + c, spread(sc, b2, repeat, 16), spread(mn, b2, repeat, 16), a
             )
             c = i + 192
             b = chunk_64(
-                v2, v3, q + c, d + c, n + c, s + c, spread(sc, 3 * per_64, repeat, 16), spread(mn, 3 * per_64, repeat, 16), b
+                v2, v3, q + c, d + c, n + c, s + c, spread(sc, b3, repeat, 16), spread(mn, b3, repeat, 16), b
             )
             p += size
         return hsum(a + b)
 
     @inline
-    def half_dot(us, sc, mn, start, q, d, n, s, a, b):
+    def half_dot(us, sc, mn, q, d, n, s, a, b):
         """128 weights of one half, whose sub-blocks' scales begin at lane 0 of sc."""
         u0, u1, u2, u3 = us
         a = chunk_32(u0, q, d, n, s, spread(sc, 0, repeat, 8), spread(mn, 0, repeat, 8), a)
         c = 32
-        b = chunk_32(u1, q + c, d + c, n + c, s + c, spread(sc, per_32, repeat, 8), spread(mn, per_32, repeat, 8), b)
+        b = chunk_32(u1, q + c, d + c, n + c, s + c, spread(sc, c1, repeat, 8), spread(mn, c1, repeat, 8), b)
         c = 64
-        a = chunk_32(u2, q + c, d + c, n + c, s + c, spread(sc, 2 * per_32, repeat, 8), spread(mn, 2 * per_32, repeat, 8), a)
+        a = chunk_32(u2, q + c, d + c, n + c, s + c, spread(sc, c2, repeat, 8), spread(mn, c2, repeat, 8), a)
         c = 96
-        b = chunk_32(u3, q + c, d + c, n + c, s + c, spread(sc, 3 * per_32, repeat, 8), spread(mn, 3 * per_32, repeat, 8), b)
+        b = chunk_32(u3, q + c, d + c, n + c, s + c, spread(sc, c3, repeat, 8), spread(mn, c3, repeat, 8), b)
         return a, b
 
     half_sub = n_sub // 2
@@ -341,10 +343,10 @@ def _super(t: Super) -> tuple[Any, Any, Any, bool, int]:
         for i in range(0, k, 256):
             sc = scales_of(p)
             mn = minima_of(p) if has_min else sc
-            a, b = half_dot(quants(p, 0), sc, mn, 0, q + i, d + i, n + i, s + i, a, b)
+            a, b = half_dot(quants(p, 0), sc, mn, q + i, d + i, n + i, s + i, a, b)
             c = i + 128
             high, low = spread(sc, half_sub, 1, half_sub), spread(mn, half_sub, 1, half_sub)
-            a, b = half_dot(quants(p, 1), high, low, 0, q + c, d + c, n + c, s + c, a, b)
+            a, b = half_dot(quants(p, 1), high, low, q + c, d + c, n + c, s + c, a, b)
             p += size
         return hsum(a + b)
 
