@@ -23,6 +23,7 @@ GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1
 GROUPS |= dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)
 _SLOTS = 24  # int64 slots of a record
 _PANEL_CACHE = 512 << 10  # bytes of unpacked weights that a thread keeps at hand (half of a common L2 cache)
+_CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
 _SEGMENT = 512  # activations that a thread packs at a time
 
 
@@ -188,7 +189,7 @@ class _Lowering:
             source = f"{value}.packed"
             self.pack(value, node)
         packed = {key: at for key, at in self.packed(value).items() if key.startswith("x")}
-        per_thread = -(-n // (self.n_threads * 8))
+        per_chunk = max(_CHUNK_BYTES // info.row_size, -(-n // (self.n_threads * 8)))
         panels = max(1, min(_PANEL_CACHE // panel_bytes(k, GROUPS[kind]), -(-n // (PANEL_ROWS * self.n_threads * 4))))
         self.emit(
             f"matmul:{kind}",
@@ -204,7 +205,7 @@ class _Lowering:
             out_stride=n,
             count=self.count(node),
             add=int(node.adds),
-            chunk=max(8, per_thread) if self.n_threads > 1 else n,
+            chunk=min(per_chunk, -(-n // self.n_threads)),
             panels=panels,
             **self.scratch(),
             **packed,
