@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
 FENCE = '"""'
+REPEAT_PENALTY = 1.1  # as other chat programs have it: small models fall into loops without
 
 Length = Annotated[
     int, typer.Option("--n-predict", "-n", min=-1, metavar="N", help="Tokens per answer; -1 is no limit.")
@@ -46,6 +47,8 @@ def chat(
         raise ParameterError("stdin: got nothing, wanted a message; run `hotcold chat` in a terminal to talk")
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     with console.open_llm(model, ctx, threads) as llm:
+        if "repeat_penalty" not in llm.config.sampling:
+            chosen.setdefault("repeat_penalty", REPEAT_PENALTY)
         talk = Conversation(llm, model, system, chosen, n_predict)
         if interactive:
             Repl(talk).run()
@@ -95,26 +98,23 @@ class Repl:
 
     def answer(self, pieces: Generator[str, None, None]) -> None:
         """Write an answer as it comes; Ctrl-C stops it and keeps what was said."""
-        waiting = self.console.is_terminal
+        live = waiting = self.console.is_terminal
+        wrap = console.WordWrap(sys.stdout.write, self.console.width if live else sys.maxsize)
         if waiting:
             self.console.print("[dim]...[/]", end="")
-        column = 0
         try:
             with closing(pieces):
                 for piece in pieces:
-                    text = console.printable(piece)
                     if waiting:
                         self._erase_line()
-                        waiting, text = False, text.lstrip()
-                    sys.stdout.write(text)
+                        waiting = False
+                    wrap.push(console.printable(piece))
                     sys.stdout.flush()
-                    column = len(text.rpartition("\n")[2]) + (0 if "\n" in text else column)
         finally:
             if waiting:
                 self._erase_line()
-            elif column:
-                sys.stdout.write("\n")
-            sys.stdout.write("\n")
+            wrap.finish()
+            sys.stdout.write("\n\n" if wrap.column else "\n")
             sys.stdout.flush()
         if 0 <= self.talk.n_predict <= self.talk.llm.stats().decode_tokens:
             self.say(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,51 @@ def human_bytes(count: float) -> str:
 def note(text: str) -> None:
     """One line for the person, on stderr."""
     print(f"hotcold: {text}", file=sys.stderr, flush=True)
+
+
+class WordWrap:
+    """Streams text to a terminal of `width` cells so that lines break between words; `write` gets the pieces.
+
+    A word is held back until it is whole. `column` is where the cursor is.
+    """
+
+    def __init__(self, write: Callable[[str], object], width: int) -> None:
+        from rich.cells import cell_len
+
+        self.write, self.width, self.cells = write, width, cell_len
+        self.column, self.gap, self.word = 0, "", ""
+
+    def push(self, text: str) -> None:
+        """Take the next piece of text."""
+        for char in text:
+            if char == "\n":
+                self._end_word()
+                self.write("\n")
+                self.column, self.gap = 0, ""
+            elif char in " \t":
+                self._end_word()
+                self.gap += char
+            else:
+                self.word += char
+                # Lines may break after any of the wide characters of East Asian scripts.
+                if self.cells(char) > 1:
+                    self._end_word()
+
+    def finish(self) -> None:
+        """Write what was held back."""
+        self._end_word()
+
+    def _end_word(self) -> None:
+        if not self.word:
+            return
+        size = self.cells(self.word)
+        if self.column > 0 and self.column + len(self.gap) + size > self.width:
+            self.write("\n" + self.word)
+            self.column = size
+        else:
+            self.write(self.gap + self.word)
+            self.column += len(self.gap) + size
+        self.gap = self.word = ""
 
 
 class StatusLine:

@@ -542,6 +542,32 @@ def test_a_status_line_is_said_once_elsewhere(monkeypatch: pytest.MonkeyPatch) -
     assert log.text == "hotcold: compiling 1/2 ...\n"
 
 
+def wrapped(text: str, width: int, step: int = 3) -> str:
+    out: list[str] = []
+    wrap = console.WordWrap(out.append, width)
+    for start in range(0, len(text), step):
+        wrap.push(text[start : start + step])
+    wrap.finish()
+    return "".join(out)
+
+
+@pytest.mark.parametrize("step", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("one two three", "one two\nthree"),
+        ("exactly8 x", "exactly8\nx"),
+        ("a\n\n  indented", "a\n\n  indented"),
+        ("unbreakable word", "unbreakable\nword"),
+        ("日本語日本語", "日本語日\n本語"),
+        ("tail  \nx", "tail\nx"),
+    ],
+)
+def test_word_wrap(text: str, lines: str, step: int) -> None:
+    assert wrapped(text, 8, step) == lines
+    assert wrapped(text, 10_000, step) == text.replace("  \n", "\n")
+
+
 @pytest.mark.parametrize(
     ("count", "text"), [(5, "5 B"), (2048, "2.0 KiB"), (98_362_432, "93.8 MiB"), (5 << 30, "5.00 GiB")]
 )
