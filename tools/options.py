@@ -18,12 +18,8 @@ Temp = Annotated[
     float | None, Option("--temp", "--temperature", metavar="T", min=0.0, help="Temperature; 0 is greedy.")
 ]
 TopK = Annotated[int | None, Option("--top-k", metavar="K", help="Keep the K likeliest tokens; 0 keeps all.")]
-TopP = Annotated[
-    float | None, Option("--top-p", metavar="P", help="Keep the likeliest up to this probability.")
-]
-MinP = Annotated[
-    float | None, Option("--min-p", metavar="P", help="Drop tokens below P times the likeliest.")
-]
+TopP = Annotated[float | None, Option("--top-p", metavar="P", help="Keep the likeliest up to this probability.")]
+MinP = Annotated[float | None, Option("--min-p", metavar="P", help="Drop tokens below P times the likeliest.")]
 RepeatPenalty = Annotated[
     float | None, Option("--repeat-penalty", metavar="X", help="Penalise the last 64 tokens; 1 is off.")
 ]
@@ -36,9 +32,7 @@ Context = Annotated[
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 Prompt = Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads stdin.")]
-PromptFile = Annotated[
-    Path | None, Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")
-]
+PromptFile = Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")]
 
 
 def sampling(

@@ -28,12 +28,8 @@ LOGITS_BYTES = 128 << 20  # of logits that one eval may return
 BLOCK_ROWS = 32
 
 TextFile = Annotated[Path, typer.Argument(metavar="TEXTFILE", help="UTF-8 text to predict.")]
-Window = Annotated[
-    int, typer.Option("--ctx", "--ctx-size", "-c", min=8, metavar="N", help="Tokens in a window.")
-]
-Chunks = Annotated[
-    int, typer.Option("--chunks", min=-1, metavar="N", help="Score the first N windows; -1 scores all.")
-]
+Window = Annotated[int, typer.Option("--ctx", "--ctx-size", "-c", min=8, metavar="N", help="Tokens in a window.")]
+Chunks = Annotated[int, typer.Option("--chunks", min=-1, metavar="N", help="Score the first N windows; -1 scores all.")]
 
 
 @dataclass

@@ -61,9 +61,7 @@ def describe_file(gguf: GGUFFile) -> dict[str, Any]:
         "alignment": gguf.alignment,
         "parameters": parameter_count(gguf),
         "bits_per_weight": round(bits_per_weight(gguf), 3),
-        "types": {
-            name: {"tensors": count, "bytes": size} for name, (count, size) in type_totals(gguf).items()
-        },
+        "types": {name: {"tensors": count, "bytes": size} for name, (count, size) in type_totals(gguf).items()},
         "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
         "tensors": [
             {
@@ -108,9 +106,7 @@ def _print(report: dict[str, Any]) -> None:
     ]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
     for name, shape, kind, size in rows:
-        print(
-            f"  {printable(name):{widths[0]}}  {shape:>{widths[1]}}  {kind:{widths[2]}}  {size:>{widths[3]}}"
-        )
+        print(f"  {printable(name):{widths[0]}}  {shape:>{widths[1]}}  {kind:{widths[2]}}  {size:>{widths[3]}}")
     print("\nTypes")
     for name, total in report["types"].items():
         print(f"  {name:{widths[2]}}  {total['tensors']:>5} tensors  {human_bytes(total['bytes']):>10}")

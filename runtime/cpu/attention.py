@@ -44,11 +44,15 @@ def _pass(tokens: int) -> Any:
     wide = LANES * 4
 
     @inline
-    def attend(q_panel, state, scores, weights, o, o_stride, limits, keys, values, table, kv_head, n_kv, dim_k, dim_v, window):
+    def attend(
+        q_panel, state, scores, weights, o, o_stride, limits, keys, values, table, kv_head, n_kv, dim_k, dim_v, window
+    ):
         """Leaves the unnormalised output in `o` [tokens][o_stride], sums in `state` [2][tokens] (maximum, sum).
 
-        limits: int32 [tokens], one past the last position that each query sees.
+        room: the thread's scratch, as laid out by `build`. limits: int32 [tokens], one past the last position that
+        each query sees.
         """
+        state, scores, weights, o, o_stride, q_panel = room
         last, first = 0, 1 << 30
         for t in range(tokens):
             put_f32(state + t * 4, low)
@@ -124,6 +128,7 @@ def build(family: str, variant: str) -> Any:
         weights = scores + many * block * 4
         o = weights + many * block * 4
         q_panel = o + many * o_stride
+        room = (state, scores, weights, o, o_stride, q_panel)
         n_chunks = n_tiles * n_kv
         while True:
             chunk = take(args, turn, n_chunks)
@@ -145,11 +150,39 @@ def build(family: str, variant: str) -> Any:
                     put_i32(limits + t * 4, i32_at(positions + token * 4) + 1)
                 if here == many:
                     attend_many(
-                        q_panel, state, scores, weights, o, o_stride, limits, keys, values, table, h, n_kv, dim_k, dim_v, window
+                        q_panel,
+                        state,
+                        scores,
+                        weights,
+                        o,
+                        o_stride,
+                        limits,
+                        keys,
+                        values,
+                        table,
+                        h,
+                        n_kv,
+                        dim_k,
+                        dim_v,
+                        window,
                     )
                 else:
                     attend_one(
-                        q_panel, state, scores, weights, o, o_stride, limits, keys, values, table, h, n_kv, dim_k, dim_v, window
+                        q_panel,
+                        state,
+                        scores,
+                        weights,
+                        o,
+                        o_stride,
+                        limits,
+                        keys,
+                        values,
+                        table,
+                        h,
+                        n_kv,
+                        dim_k,
+                        dim_v,
+                        window,
                     )
                 for t in range(min(here, n_query - at)):
                     i = at + t

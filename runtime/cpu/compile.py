@@ -29,7 +29,13 @@ FAMILIES = {
     "rope": "rope",
     "attention": "attention",
 }
-OPTIONS = {"nopython": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz"}, "boundscheck": False}
+OPTIONS = {
+    "nopython": True,
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"contract", "nsz"},
+    "boundscheck": False,
+}
 
 
 def build(name: str) -> tuple[Any, Any]:
@@ -79,7 +85,11 @@ def _entry(native: str, arity: int) -> str:
 def _machine() -> Any:
     target = llvm.Target.from_triple(llvm.get_process_triple())
     return target.create_target_machine(
-        cpu=os.environ["NUMBA_CPU_NAME"], features=os.environ.get("NUMBA_CPU_FEATURES", ""), opt=3, reloc="pic", jit=True
+        cpu=os.environ["NUMBA_CPU_NAME"],
+        features=os.environ.get("NUMBA_CPU_FEATURES", ""),
+        opt=3,
+        reloc="pic",
+        jit=True,
     )
 
 

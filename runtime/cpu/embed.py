@@ -74,7 +74,14 @@ def _dequantiser(variant: str) -> Any:
 
         return plain
     s = SUPER[variant]
-    n_bytes, quants, scales, minima, has_min, offset = s.n_bytes, s.quants, s.scales, s.minima, s.has_min, -float(s.offset)
+    n_bytes, quants, scales, minima, has_min, offset = (
+        s.n_bytes,
+        s.quants,
+        s.scales,
+        s.minima,
+        s.has_min,
+        -float(s.offset),
+    )
     n_sub, group = 256 // s.group, s.group
     second, third, fourth = (i * 32 // group for i in (1, 2, 3))  # sub-blocks where they begin
 

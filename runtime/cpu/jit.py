@@ -58,7 +58,9 @@ def _read(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise StorageError(f"{path}: cannot be read ({error.strerror}); set HOTCOLD_KERNEL_CACHE to another folder") from None
+        raise StorageError(
+            f"{path}: cannot be read ({error.strerror}); set HOTCOLD_KERNEL_CACHE to another folder"
+        ) from None
     return data[32:] if hashlib.sha256(data[32:]).digest() == data[:32] else None
 
 
@@ -132,7 +134,7 @@ def _compile(level: str, names: list[str], progress: Progress | None) -> None:
         probe.unlink()
     except OSError as error:
         raise StorageError(
-            f"{target}: kernel cache cannot be written ({error.strerror}); set HOTCOLD_KERNEL_CACHE to a folder that can"
+            f"{target}: kernel cache cannot be written ({error.strerror}); set HOTCOLD_KERNEL_CACHE to another folder"
         ) from None
     count = max(1, min(os.cpu_count() or 1, len(names), 4))
     say = progress or (lambda line: None)

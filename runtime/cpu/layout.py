@@ -39,7 +39,9 @@ KV_BLOCK = 32  # tokens in a block of the KV cache
 QUERY_TILE = 8  # query tokens that share one pass over the KV cache
 
 _PACKED = "xq xd xn xs xf quantised floats"
-MatMul = arguments("MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes")
+MatMul = arguments(
+    "MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes"
+)
 Pack = arguments("Pack", f"src second k stride count segment scratch scratch_bytes {_PACKED}")
 Norm = arguments("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")
 Embed = arguments("Embed", "w out k row_bytes")
@@ -53,7 +55,12 @@ def packed_bytes(k: int, tokens: int, quantised: bool) -> dict[str, int]:
     if not quantised:
         return {"xf": tokens * k * 4}
     lanes = min(tokens, TILE_MIN) * k
-    return {"xq": tokens * k, "xd": max(lanes, tokens * k // 8), "xn": max(lanes, tokens * k // 4), "xs": max(lanes, tokens * k // 8)}
+    return {
+        "xq": tokens * k,
+        "xd": max(lanes, tokens * k // 8),
+        "xn": max(lanes, tokens * k // 4),
+        "xs": max(lanes, tokens * k // 8),
+    }
 
 
 def panel_bytes(k: int, group: int) -> int:

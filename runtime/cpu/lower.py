@@ -16,7 +16,20 @@ from ..kv_cache import KVCache
 from ..memory import ALIGNMENT as CACHE_LINE
 from ..memory import aligned
 from . import jit
-from .layout import KV_BLOCK, PANEL_ROWS, Attention, Embed, MatMul, Norm, Pack, Rope, Row, Step, packed_bytes, panel_bytes
+from .layout import (
+    KV_BLOCK,
+    PANEL_ROWS,
+    Attention,
+    Embed,
+    MatMul,
+    Norm,
+    Pack,
+    Rope,
+    Row,
+    Step,
+    packed_bytes,
+    panel_bytes,
+)
 
 FLOATS = ("F32", "F16", "BF16")
 GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"), 32)
@@ -30,13 +43,22 @@ _SEGMENT = 512  # activations that a thread packs at a time
 class Tape:
     """rows int64 [n, len(Row)] and records int64 [n, _SLOTS], with the buffers that they point into."""
 
-    def __init__(self, rows: np.ndarray, records: np.ndarray, counts: np.ndarray, buffers: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, rows: np.ndarray, records: np.ndarray, counts: np.ndarray, buffers: dict[str, np.ndarray]
+    ) -> None:
         self.rows, self.records, self.counts, self.buffers = rows, records, counts, buffers
 
 
 class _Lowering:
     def __init__(
-        self, graph: Graph, file: GGUFFile, config: ModelConfig, cache: KVCache, rope_table: int, n_threads: int, sizes: dict[str, int]
+        self,
+        graph: Graph,
+        file: GGUFFile,
+        config: ModelConfig,
+        cache: KVCache,
+        rope_table: int,
+        n_threads: int,
+        sizes: dict[str, int],
     ) -> None:
         self.graph, self.file, self.config, self.cache = graph, file, config, cache
         self.rope_table, self.n_threads, self.sizes = rope_table, n_threads, sizes
@@ -65,7 +87,8 @@ class _Lowering:
         name = self.file.tensors[tensor].type.name
         if name not in GROUPS:
             raise UnsupportedError(
-                f"{self.file.path}: tensor {tensor} has type {name}, which hotcold does not compute; supported: {', '.join(GROUPS)}"
+                f"{self.file.path}: tensor {tensor} has type {name}, which hotcold does not compute; "
+                f"supported: {', '.join(GROUPS)}"
             )
         return name
 
@@ -116,7 +139,7 @@ class _Lowering:
     # --- rows ---
 
     def emit(self, kernel: str, layout: Any, reads: tuple[str, ...], writes: tuple[str, ...], **fields: Any) -> None:
-        """Append an op; a barrier goes before it if it touches what ops since the last one wrote, or writes what they read."""
+        """Append an op, after a barrier if it touches what ops since the last one wrote, or writes what they read."""
         if self.dirty & {*reads, *writes} or self.busy & set(writes):
             self.barriers[-1] = True
             self.dirty.clear()
@@ -214,7 +237,14 @@ class _Lowering:
     def heads(self, layer: int) -> dict[str, int]:
         c = self.config
         keys, values = self.cache.layer(layer)
-        return {"n_head": c.n_head, "n_kv": c.n_head_kv, "dim_k": c.head_dim_k, "dim_v": c.head_dim_v, "keys": keys, "values": values}
+        return {
+            "n_head": c.n_head,
+            "n_kv": c.n_head_kv,
+            "dim_k": c.head_dim_k,
+            "dim_v": c.head_dim_v,
+            "keys": keys,
+            "values": values,
+        }
 
     def rope(self, node: Node) -> None:
         q, k, v = (self.floats(name) for name in node.reads)

@@ -74,7 +74,12 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
 
     @inline
     def by_rows(args, n_tok, turn):
-        w, out, k, n = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.k), i64_at(args + args_of.n)
+        w, out, k, n = (
+            i64_at(args + args_of.w),
+            i64_at(args + args_of.out),
+            i64_at(args + args_of.k),
+            i64_at(args + args_of.n),
+        )
         row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
         chunk = i64_at(args + args_of.chunk)
         xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
@@ -113,7 +118,12 @@ def _kernel(row_dot: Any, unpack: Any, multiply: Any, quantised: bool, group: in
 
     @inline
     def by_tiles(args, n_tok, ith, turn):
-        w, out, k, n = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.k), i64_at(args + args_of.n)
+        w, out, k, n = (
+            i64_at(args + args_of.w),
+            i64_at(args + args_of.out),
+            i64_at(args + args_of.k),
+            i64_at(args + args_of.n),
+        )
         row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
         panels = i64_at(args + args_of.panels)
         xq, xd, xf = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xf)
@@ -264,7 +274,15 @@ def _plain(t: Plain) -> tuple[Any, Any, Any, bool, int]:
 
 
 def _super(t: Super) -> tuple[Any, Any, Any, bool, int]:
-    size, quants, scales_of, minima_of, big, has_min, group = t.n_bytes, t.quants, t.scales, t.minima, t.big, t.has_min, t.group
+    size, quants, scales_of, minima_of, big, has_min, group = (
+        t.n_bytes,
+        t.quants,
+        t.scales,
+        t.minima,
+        t.big,
+        t.has_min,
+        t.group,
+    )
     shift = t.offset.bit_length() - 1
     negative_offset = -float(t.offset)
     wide = WIDE
@@ -304,21 +322,13 @@ def _super(t: Super) -> tuple[Any, Any, Any, bool, int]:
             u0, u1, u2, u3 = quants(p, 0)
             v0, v1, v2, v3 = quants(p, 1)
             c = i
-            a = chunk_64(
-                u0, u1, q + c, d + c, n + c, s + c, spread(sc, 0, repeat, 16), spread(mn, 0, repeat, 16), a
-            )
+            a = chunk_64(u0, u1, q + c, d + c, n + c, s + c, spread(sc, 0, repeat, 16), spread(mn, 0, repeat, 16), a)
             c = i + 64
-            b = chunk_64(
-                u2, u3, q + c, d + c, n + c, s + c, spread(sc, b1, repeat, 16), spread(mn, b1, repeat, 16), b
-            )
+            b = chunk_64(u2, u3, q + c, d + c, n + c, s + c, spread(sc, b1, repeat, 16), spread(mn, b1, repeat, 16), b)
             c = i + 128
-            a = chunk_64(
-                v0, v1, q + c, d + c, n + c, s + c, spread(sc, b2, repeat, 16), spread(mn, b2, repeat, 16), a
-            )
+            a = chunk_64(v0, v1, q + c, d + c, n + c, s + c, spread(sc, b2, repeat, 16), spread(mn, b2, repeat, 16), a)
             c = i + 192
-            b = chunk_64(
-                v2, v3, q + c, d + c, n + c, s + c, spread(sc, b3, repeat, 16), spread(mn, b3, repeat, 16), b
-            )
+            b = chunk_64(v2, v3, q + c, d + c, n + c, s + c, spread(sc, b3, repeat, 16), spread(mn, b3, repeat, 16), b)
             p += size
         return hsum(a + b)
 

@@ -34,7 +34,11 @@ def build(family: str, variant: str) -> Any:
         n_tok = i64_at(step + step_of.n_tok)
         q, k, v = i64_at(args + args_of.q), i64_at(args + args_of.k), i64_at(args + args_of.v)
         n_head, n_kv = i64_at(args + args_of.n_head), i64_at(args + args_of.n_kv)
-        dim_k, dim_v, rope_dim = i64_at(args + args_of.dim_k), i64_at(args + args_of.dim_v), i64_at(args + args_of.rope_dim)
+        dim_k, dim_v, rope_dim = (
+            i64_at(args + args_of.dim_k),
+            i64_at(args + args_of.dim_v),
+            i64_at(args + args_of.rope_dim),
+        )
         keys, values = i64_at(args + args_of.keys), i64_at(args + args_of.values)
         positions, slots = i64_at(step + step_of.positions), i64_at(step + step_of.slots)
         group = n_head // n_kv

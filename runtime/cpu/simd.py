@@ -511,7 +511,9 @@ def emit_dot(b, acc, u, s, big):
     words = ir.VectorType(_i32, n)
     product = b.mul(b.zext(u, words), b.sext(s, words))
     pairs = b.add(shuffle(b, product, product, range(0, n, 2)), shuffle(b, product, product, range(1, n, 2)))
-    return b.add(acc, b.add(shuffle(b, pairs, pairs, range(0, n // 2, 2)), shuffle(b, pairs, pairs, range(1, n // 2, 2))))
+    return b.add(
+        acc, b.add(shuffle(b, pairs, pairs, range(0, n // 2, 2)), shuffle(b, pairs, pairs, range(1, n // 2, 2)))
+    )
 
 
 @intrinsic(prefer_literal=True)

@@ -33,7 +33,9 @@ from .simd import (
     unsigned_to_f32,
 )
 
-inline = njit(forceinline=True, error_model="numpy", fastmath={"contract", "nsz"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inline = njit(
+    forceinline=True, error_model="numpy", fastmath={"contract", "nsz"}, no_cpython_wrapper=True, no_cfunc_wrapper=True
+)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ from typing import Any
 import fakes
 import pytest
 from prompt_toolkit.application import create_app_session
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from hotcold.formats.errors import ContextLengthError, FormatError, HotcoldError, ParameterError
 from hotcold.tools import chat, console
+from hotcold.tools.commands import CommandCompleter
 from hotcold.tools.conversation import Conversation
 
 HELLO = (fakes.HEL, fakes.LO)
@@ -227,9 +230,7 @@ def test_load_refuses_what_save_does_not_write(tmp_path: Path, data: Any) -> Non
 
 
 @pytest.fixture
-def type_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., str]:
+def type_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """type_in(talk, text) -> what the REPL wrote until it left; "\\r" is Enter, "\\x04" Ctrl-D."""
     monkeypatch.setenv("HOTCOLD_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("COLUMNS", "200")
@@ -333,12 +334,26 @@ def test_control_characters_do_not_reach_the_terminal(type_in: Callable[..., str
     assert "a]b\n" in type_in(talk, "hi\r\x04")
 
 
-def test_without_a_history_file(
-    type_in: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_history_file(type_in: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("HOTCOLD_HOME", str(tmp_path / "file" / "home"))
     assert "Hello" in type_in(make_talk(), "hi\r\x04")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("/re", ["/regen"]),
+        ("/set ", ["parameter", "system"]),
+        ("/set parameter top", ["top_k", "top_p"]),
+        ("/show t", ["template"]),
+        ("hello", []),
+        ("/save x", []),
+    ],
+)
+def test_completion(typed: str, offered: list[str]) -> None:
+    found = CommandCompleter().get_completions(Document(typed), CompleteEvent())
+    assert [completion.text for completion in found] == offered
 
 
 @pytest.mark.parametrize(
@@ -356,9 +371,7 @@ def test_fences(text: str, open_: bool) -> None:
     assert chat.fence_open(text) is open_
 
 
-@pytest.mark.parametrize(
-    ("line", "message"), [("a", "a"), ('"""a\nb"""', "a\nb"), ('"""\na\n"""', "a"), ("//x", "/x")]
-)
+@pytest.mark.parametrize(("line", "message"), [("a", "a"), ('"""a\nb"""', "a\nb"), ('"""\na\n"""', "a"), ("//x", "/x")])
 def test_unfenced(line: str, message: str) -> None:
     assert chat.unfenced(line) == message
 

@@ -105,9 +105,7 @@ def test_errors_are_one_line(arguments: list[str]) -> None:
         (KeyboardInterrupt(), 130, ""),
     ],
 )
-def test_what_a_command_raises(
-    monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, says: str
-) -> None:
+def test_what_a_command_raises(monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, says: str) -> None:
     def fail(name: str) -> Path:
         raise problem
 
@@ -366,9 +364,7 @@ def test_bench_json(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., P
     assert "peer" not in report
 
 
-def test_bench_evaluates_what_it_says(
-    monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
-) -> None:
+def test_bench_evaluates_what_it_says(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]) -> None:
     made = fake_engine(monkeypatch)
     result = invoke("bench", str(tiny_model()), "-p", "20", "-n", "4", "-r", "2")
     assert result.exit_code == 0 and "prompt 20 (tok/s)" in result.stdout
