@@ -163,7 +163,9 @@ class StreamDecoder:
         data = self._tokenizer.token_bytes(id)
         if self._strip and data:
             self._strip = False
-            return data[1:] if data[0] == 0x20 else data
+            # Only an ordinary token has the space that encode put in front; others spell their spaces as such.
+            if data[:1] == b" " and self._tokenizer.token_text(id)[0] == "\u2581":
+                return data[1:]
         return data
 
     def push_bytes(self, data: bytes) -> str:
