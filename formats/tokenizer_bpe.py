@@ -133,7 +133,7 @@ def _build(vocabulary: Vocabulary, pre: PreTokenizer) -> tokenizers.Tokenizer:
     ordinary = dict(vocabulary.ids)
     for token in vocabulary.special(CONTROL, UNKNOWN, USER_DEFINED):
         del ordinary[token]
-    merges = [tuple(merge.split(" ")) for merge in vocabulary.metadata.strings("merges")]
+    merges: list[Any] = [tuple(merge.split(" ")) for merge in vocabulary.metadata.strings("merges")]
     try:
         model = models.BPE(vocab=ordinary, merges=merges, ignore_merges=pre.ignore_merges)
     except Exception:  # checking 49,000 merges takes longer than building them: look only after a refusal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,7 @@ class SentencePiece:
             raise metadata.error("scores", "a score that is infinite or no number", "finite scores")
         types = _piece_types(vocabulary)
         self.space_prefix = metadata.flag("add_space_prefix", True)
-        proto = schema.ModelProto()
+        proto: Any = vars(schema)["ModelProto"]()  # protobuf makes its classes when imported
         proto.trainer_spec.model_type = proto.trainer_spec.BPE
         proto.trainer_spec.byte_fallback = BYTE in types
         proto.normalizer_spec.name = "identity"

@@ -44,9 +44,7 @@ def _pass(tokens: int) -> Any:
     wide = LANES * 4
 
     @inline
-    def attend(
-        q_panel, state, scores, weights, o, o_stride, limits, keys, values, table, kv_head, n_kv, dim_k, dim_v, window
-    ):
+    def attend(room, limits, keys, values, table, kv_head, n_kv, dim_k, dim_v, window):
         """Leaves the unnormalised output in `o` [tokens][o_stride], sums in `state` [2][tokens] (maximum, sum).
 
         room: the thread's scratch, as laid out by `build`. limits: int32 [tokens], one past the last position that
@@ -149,41 +147,9 @@ def build(family: str, variant: str) -> Any:
                         put_f32(q_panel + (d * here + t) * 4, f32_at(source + d * 4) * scale)
                     put_i32(limits + t * 4, i32_at(positions + token * 4) + 1)
                 if here == many:
-                    attend_many(
-                        q_panel,
-                        state,
-                        scores,
-                        weights,
-                        o,
-                        o_stride,
-                        limits,
-                        keys,
-                        values,
-                        table,
-                        h,
-                        n_kv,
-                        dim_k,
-                        dim_v,
-                        window,
-                    )
+                    attend_many(room, limits, keys, values, table, h, n_kv, dim_k, dim_v, window)
                 else:
-                    attend_one(
-                        q_panel,
-                        state,
-                        scores,
-                        weights,
-                        o,
-                        o_stride,
-                        limits,
-                        keys,
-                        values,
-                        table,
-                        h,
-                        n_kv,
-                        dim_k,
-                        dim_v,
-                        window,
-                    )
+                    attend_one(room, limits, keys, values, table, h, n_kv, dim_k, dim_v, window)
                 for t in range(min(here, n_query - at)):
                     i = at + t
                     token, head = first + i // group, h * group + i % group
