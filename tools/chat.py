@@ -110,14 +110,20 @@ class Repl:
                         waiting = False
                     wrap.push(console.printable(piece))
                     sys.stdout.flush()
+        except KeyboardInterrupt:
+            wrap.drop()
+            raise
         finally:
             if waiting:
                 self._erase_line()
             wrap.finish()
             sys.stdout.write("\n\n" if wrap.column else "\n")
             sys.stdout.flush()
-        if 0 <= self.talk.n_predict <= self.talk.llm.stats().decode_tokens:
+        stats = self.talk.llm.stats()
+        if 0 <= self.talk.n_predict <= stats.decode_tokens:
             self.say(f"Stopped at {self.talk.n_predict} tokens: /set parameter n_predict -1 takes the limit off.")
+        elif stats.prompt_tokens + stats.decode_tokens >= stats.n_ctx:
+            self.say("Stopped: the context is full. The next message makes room.")
         if self.talk.dropped and not self.told_dropped:
             self.told_dropped = True
             self.say("The conversation outgrew the context: the model no longer sees its oldest turns.")

@@ -67,6 +67,10 @@ class WordWrap:
         """Write what was held back."""
         self._end_word()
 
+    def drop(self) -> None:
+        """Forget what was held back."""
+        self.gap = self.word = ""
+
     def _end_word(self) -> None:
         if not self.word:
             return

@@ -329,6 +329,12 @@ def test_repl_says_where_an_answer_was_cut(type_in: Callable[..., str]) -> None:
     assert "Stopped at 2 tokens" in type_in(talk, "hi\r\x04")
 
 
+def test_repl_says_when_the_context_is_full(type_in: Callable[..., str]) -> None:
+    talk = make_talk(lambda tokens: fakes.LO, n_ctx=200)
+    out = type_in(talk, "hi\rmore\r\x04")
+    assert out.count("the context is full") == 2 and len(talk.messages) == 4
+
+
 def test_control_characters_do_not_reach_the_terminal(type_in: Callable[..., str]) -> None:
     talk = make_talk(fakes.saying(ord("a"), 0x1B, ord("]"), 0x07, ord("b")))
     assert "a]b\n" in type_in(talk, "hi\r\x04")
