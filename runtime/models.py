@@ -49,6 +49,8 @@ ALIASES = {
     ),
 }
 
+_REFERENCES = f"an alias ({', '.join(ALIASES)}), hf:ORG/REPO/FILE.gguf or ORG/REPO:QUANT"
+
 
 def home() -> Path:
     """The cache folder: HOTCOLD_HOME, or the platform's cache folder for this user."""
@@ -80,9 +82,11 @@ def resolve(name: str | Path, progress: Progress | None = None, download: bool =
         raise ModelNotFoundError(f"{path}: {exc.strerror or exc}") from exc
     if (cached := cached_path(str(name))) is not None:
         return cached
-    if download or str(name) not in ALIASES and _hub_match(str(name)) is None:
-        return pull(str(name), progress)
-    raise ModelNotFoundError(f"{name}: not in the cache yet; run `hotcold pull {name}`")
+    if not _is_reference(str(name)):
+        raise ModelNotFoundError(f"{name}: no such file; wanted a path, {_REFERENCES}")
+    if not download:
+        raise ModelNotFoundError(f"{name}: not in the cache yet; run `hotcold pull {name}`")
+    return pull(str(name), progress)
 
 
 def cached_path(name: str) -> Path | None:
@@ -106,10 +110,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     if match := _hub_match(name):
         with storage_errors(home()):
             return hub.fetch(home() / "hub", *match, progress or _no_progress)
-    known = ", ".join(ALIASES)
-    raise ModelNotFoundError(
-        f"{name}: no such file; wanted a path, an alias ({known}), hf:ORG/REPO/FILE.gguf or ORG/REPO:QUANT"
-    )
+    raise ModelNotFoundError(f"{name}: nothing that can be pulled; wanted {_REFERENCES}")
 
 
 @contextmanager
@@ -127,6 +128,10 @@ def storage_errors(where: Path) -> Iterator[None]:
 
 def _no_progress(what: str, done: int, total: int | None) -> None:
     pass
+
+
+def _is_reference(name: str) -> bool:
+    return name in ALIASES or _hub_match(name) is not None
 
 
 def _hub_match(name: str) -> tuple[str, str | None, str | None] | None:

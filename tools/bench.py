@@ -7,6 +7,7 @@ are medians. Against a peer the two take turns, so that whatever else the machin
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -180,6 +181,7 @@ def bench(
 ) -> None:
     """Measure speed, start-up time and peak memory."""
     path = console.find_model(model)
+    _warn_if_busy()
     n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
     with ExitStack() as stack:
         ours = Ours(path, n_ctx, threads, stack)
@@ -209,6 +211,12 @@ def bench(
         print(json.dumps(report, ensure_ascii=False))
     else:
         _print(report)
+
+
+def _warn_if_busy() -> None:
+    cores = os.cpu_count() or 1
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * cores:
+        console.note(f"warning: load is {os.getloadavg()[0]:.1f} on {cores} cores: other work will disturb this")
 
 
 def token_ids(n_vocab: int, count: int) -> list[int]:

@@ -199,6 +199,7 @@ def _history() -> Any:
     path = home() / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
         with open(path, "ab"):
             pass
     except OSError as exc:

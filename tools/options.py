@@ -27,7 +27,7 @@ Seed = Annotated[int | None, Option("--seed", "-s", metavar="N", help="Same seed
 Threads = Annotated[int | None, Option("--threads", "-t", metavar="N", min=1, help="CPU threads.")]
 Context = Annotated[
     int | None,
-    Option("--ctx", "--ctx-size", "-c", metavar="N", min=0, help="Context in tokens; 0 is the model's."),
+    Option("--ctx", "--ctx-size", "-c", metavar="N", min=0, max=2**31, help="Context in tokens; 0 is the model's."),
 ]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 

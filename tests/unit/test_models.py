@@ -98,6 +98,8 @@ def test_resolve_takes_a_path_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_resolve_names_what_it_cannot_find(name: str) -> None:
     with pytest.raises(ModelNotFoundError):
         models.resolve(name)
+    with pytest.raises(ModelNotFoundError, match="nothing that can be pulled"):
+        models.pull(name)
 
 
 def test_resolve_refuses_a_folder_and_without_leave_downloads_nothing(tmp_path: Path) -> None:
