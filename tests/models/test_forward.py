@@ -21,6 +21,7 @@ import pytest
 from tiny import RopeOptions
 
 from hotcold import Engine
+from hotcold.runtime.cpu import isa
 
 FLOAT_TOLERANCE = 5e-4
 QUANT_TOLERANCE = 0.06
@@ -121,6 +122,21 @@ def test_mixed_types(tiny_model: Make, options: dict[str, Any]) -> None:
     path = tiny_model(**options)
     with Engine(path, n_threads=2) as engine:
         assert_close(logits(engine, IDS), naive.forward(path, IDS, kv_f16=True), QUANT_TOLERANCE)
+
+
+@pytest.mark.parametrize("qtype", ["F32", "Q4_0", "Q4_K"])
+@pytest.mark.parametrize("level", isa.available())
+def test_levels(tiny_model: Make, monkeypatch: pytest.MonkeyPatch, level: str, qtype: str) -> None:
+    """Every instruction-set level of this machine, as a prompt and as single tokens."""
+    monkeypatch.setenv("HOTCOLD_ISA", level)
+    path = tiny_model(qtype=qtype, sliding_window=7, **type_sizes(qtype))
+    wanted = naive.forward(path, IDS, kv_f16=True)
+    tolerance = FLOAT_TOLERANCE if qtype == "F32" else QUANT_TOLERANCE
+    with Engine(path, n_threads=2) as engine:
+        assert_close(logits(engine, IDS), wanted, tolerance)
+        sequence = engine.new_sequence()
+        rows = [engine.eval(sequence, [token])[0].copy() for token in IDS]
+        assert_close(np.stack(rows), wanted, tolerance)
 
 
 def swap_heads(model: naive.Model, name: str, order: list[int]) -> None:

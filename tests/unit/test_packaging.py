@@ -41,7 +41,7 @@ def test_installed_files_equal_the_tree() -> None:
     for layer in ("formats", "runtime", "solver", "tools"):
         wanted = {path.relative_to(CLONE): path.read_bytes() for path in (CLONE / layer).rglob("*.py")}
         got = {path.relative_to(installed): path.read_bytes() for path in (installed / layer).rglob("*.py")}
-        assert got == wanted, layer
+        assert got == wanted, f"{layer} differs from what is installed; rm -rf build, and install again"
 
 
 def test_public_names() -> None:
