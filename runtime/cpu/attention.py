@@ -9,29 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import KV_BLOCK, Attention, Step
-from .simd import (
-    LANES,
-    f32_at,
-    f64_at,
-    hmax,
-    hsum,
-    i32_at,
-    i64_at,
-    lane_numbers,
-    load_f16,
-    load_f32,
-    put_f32,
-    put_i32,
-    splat_f32,
-    splat_i32,
-    store,
-    store_dwords,
-    tile_fma,
-    tile_store,
-    tile_zero,
-    where_less,
-)
+from .loads import f32_at, f64_at, i32_at, i64_at, load_f16, load_f32, put_f32, put_i32, store, store_dwords
+from .simd import hmax, hsum, lane_numbers, splat_f32, splat_i32, where_less
 from .tape import finish, take
+from .tiles import tile_fma, tile_store, tile_zero
+from .vector import LANES
 from .vmath import exp
 from .weights import inline
 

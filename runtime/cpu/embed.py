@@ -5,22 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import Embed, Step
-from .simd import (
-    f16_at,
-    fma,
-    hsum,
-    i32_at,
-    i64_at,
-    load_bf16,
-    load_f16,
-    load_f32,
-    part,
-    put_f32,
-    splat_f32,
-    spread,
-    store,
-    unsigned_to_f32,
-)
+from .loads import f16_at, i32_at, i64_at, load_bf16, load_f16, load_f32, put_f32, store
+from .simd import fma, hsum, part, splat_f32, spread, unsigned_to_f32
 from .tape import finish, take
 from .weights import FLOAT, PLAIN, SUPER, inline
 

@@ -6,21 +6,11 @@ import math
 from typing import Any
 
 from .layout import Norm
+from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, store
 from .pack import pack_span
-from .simd import (
-    LANES,
-    f32_at,
-    f64_at,
-    fma,
-    hsum,
-    i32_at,
-    i64_at,
-    load_f32,
-    put_f32,
-    splat_f32,
-    store,
-)
+from .simd import fma, hsum, splat_f32
 from .tape import finish, take
+from .vector import LANES
 
 
 def build(family: str, variant: str) -> Any:

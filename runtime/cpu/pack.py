@@ -5,27 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import TILE_MIN, Pack
-from .matmul import TOKENS
-from .simd import (
-    LANES,
-    dot4,
-    f32_at,
-    hmax,
-    hsum,
-    i64_at,
-    load_f32,
-    narrow_i8,
-    part,
-    put_f32,
-    round_to_i32,
-    splat_f32,
-    splat_i32,
-    store,
-    store_dwords,
-    to_f32,
-    vabs,
-)
+from .loads import f32_at, i64_at, load_f32, put_f32, store, store_dwords
+from .products import TOKENS
+from .simd import hmax, hsum, narrow_i8, part, round_to_i32, splat_f32, splat_i32, to_f32, vabs
 from .tape import finish, take
+from .tiles import dot4
+from .vector import LANES
 from .vmath import silu
 from .weights import inline
 

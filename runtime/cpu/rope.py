@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import KV_BLOCK, Rope, Step
-from .simd import f32_at, i32_at, i64_at, put_f16, put_f32
+from .loads import f32_at, i32_at, i64_at, put_f16, put_f32
 from .tape import finish, take
 from .weights import inline
 

@@ -13,17 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .atomics import atomic_add, atomic_get, atomic_put, atomic_swap, call_kernel, call_plain, pause
 from .layout import Row
-from .simd import (
-    atomic_add,
-    atomic_get,
-    atomic_put,
-    atomic_swap,
-    call_kernel,
-    call_plain,
-    i64_at,
-    pause,
-)
+from .loads import i64_at
 from .weights import inline
 
 _SPINS = 2000  # polls of a count before the core is offered to others

@@ -14,6 +14,7 @@ from typing import Any
 
 from numba import njit
 
+from .loads import f16_at, i32_at, i64_at, load_i8
 from .simd import (
     band,
     bits_to_bytes,
@@ -21,10 +22,6 @@ from .simd import (
     bxor,
     bytes_of,
     concat,
-    f16_at,
-    i32_at,
-    i64_at,
-    load_i8,
     nibbles,
     shl,
     shr,

@@ -1,0 +1,294 @@
+"""How each family of weight types multiplies: row by row, or unpacked into panels for register tiles.
+
+A plain or super type (weights.py) needs no code of its own here: its quants and scales are all that differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .loads import (
+    f16_at,
+    f32_at,
+    load_bf16,
+    load_f16,
+    load_f32,
+    load_i8,
+    load_i32,
+    put_f32,
+    splat_f16,
+    store_dwords,
+)
+from .simd import concat, fma, hsum, shl, splat_f32, splat_i32, spread, to_f32
+from .tiles import dot4, tile_dot4, tile_fma, tile_scale, tile_zero
+from .vector import LANES, WIDE
+from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
+
+TOKENS = 8 if WIDE == 64 else 4  # tokens in a register tile
+
+
+@dataclass(frozen=True)
+class Product:
+    """What the matmul kernel is built around.
+
+    row_dot: (weights, xq, xd, xn, xs, k) -> float, one row with one token; float types read xf at xq. unpack: (weights,
+    quants, scales, minima, k), one row into its column of a panel. multiply: (quants, scales, minima, xq, xd, xs, k) ->
+    tile, a panel of rows with a panel of tokens. group: weights that share a scale in a panel, 0 for float types.
+    """
+
+    row_dot: Any
+    unpack: Any
+    multiply: Any
+    group: int
+
+
+def product(name: str) -> Product:
+    """The product of a weight type, at this process's instruction-set level."""
+    if name in PLAIN:
+        return _plain(PLAIN[name])
+    if name in SUPER:
+        return _super(SUPER[name])
+    return _float(name)
+
+
+def _tile_product(group: int, big: bool) -> Any:
+    """Product of a panel of rows and a panel of tokens, scales one a `group` of weights."""
+    tokens, wide, lanes = TOKENS, WIDE, LANES
+    quads = group // 4
+    x_step = 1 if group == 32 else 2  # groups that share one activation scale
+
+    @inline
+    def multiply(quants, scales, minima, xq, xd, xs, k):
+        total = tile_zero(splat_f32(0.0, lanes), tokens)
+        for b in range(k // group):
+            sums = tile_zero(splat_i32(0, lanes), tokens)
+            for i in range(quads):
+                at = b * quads + i
+                sums = tile_dot4(sums, load_i8(quants + at * wide, wide), xq + at * 4 * tokens, big)
+            total = tile_scale(total, sums, load_f32(scales + b * wide, lanes), xd + (b // x_step) * 4 * tokens)
+            total = tile_fma(total, load_f32(minima + b * wide, lanes), xs + b * 4 * tokens)
+        return total
+
+    return multiply
+
+
+def _plain(t: Plain) -> Product:
+    size, quants, pair, big, has_min = t.n_bytes, t.quants, t.pair, t.big, t.has_min
+    shift = t.offset.bit_length() - 1
+    negative_offset = -float(t.offset)
+    wide = WIDE
+    two = 2 * size
+
+    @inline
+    def one_block(p, q, d, n, s, acc):
+        """32 weights."""
+        if has_min:
+            ints = dot4(splat_i32(0, 8), quants(p), load_i8(q, 32), big)
+            acc = fma(splat_f16(p + 2, p + 2, 8), load_f32(s, 8), acc)
+        else:
+            ints = dot4(shl(load_i32(n, 8), shift), quants(p), load_i8(q, 32), big)
+        return fma(to_f32(ints), splat_f16(p, p, 8) * load_f32(d, 8), acc)
+
+    @inline
+    def two_blocks(p, q, d, n, s, acc):
+        """64 weights."""
+        if has_min:
+            ints = dot4(splat_i32(0, 16), pair(p, p + size), load_i8(q, 64), big)
+            acc = fma(splat_f16(p + 2, p + size + 2, 16), load_f32(s, 16), acc)
+        else:
+            ints = dot4(shl(load_i32(n, 16), shift), pair(p, p + size), load_i8(q, 64), big)
+        return fma(to_f32(ints), splat_f16(p, p + size, 16) * load_f32(d, 16), acc)
+
+    @inline
+    def row_dot_64(p, q, d, n, s, k):
+        a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
+        i = 0
+        while i + 128 <= k:
+            a = two_blocks(p, q + i, d + i, n + i, s + i, a)
+            b = two_blocks(p + two, q + i + 64, d + i + 64, n + i + 64, s + i + 64, b)
+            p += 2 * two
+            i += 128
+        if i + 64 <= k:
+            a = two_blocks(p, q + i, d + i, n + i, s + i, a)
+            p += two
+            i += 64
+        total = hsum(a + b)
+        if i < k:
+            total += hsum(one_block(p, q + i, d + i, n + i, s + i, splat_f32(0.0, 8)))
+        return total
+
+    @inline
+    def row_dot_32(p, q, d, n, s, k):
+        a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
+        i = 0
+        while i + 64 <= k:
+            a = one_block(p, q + i, d + i, n + i, s + i, a)
+            b = one_block(p + size, q + i + 32, d + i + 32, n + i + 32, s + i + 32, b)
+            p += two
+            i += 64
+        if i < k:
+            a = one_block(p, q + i, d + i, n + i, s + i, a)
+        return hsum(a + b)
+
+    @inline
+    def unpack(p, to_q, to_d, to_m, k):
+        for b in range(k // 32):
+            store_dwords(to_q + b * 8 * wide, quants(p), wide)
+            d = f16_at(p)
+            put_f32(to_d + b * wide, d)
+            put_f32(to_m + b * wide, f16_at(p + 2) if has_min else d * negative_offset)
+            p += size
+
+    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, _tile_product(32, big), 32)
+
+
+def _super(t: Super) -> Product:
+    size, quants, scales_of, minima_of, big, has_min, group = (
+        t.n_bytes,
+        t.quants,
+        t.scales,
+        t.minima,
+        t.big,
+        t.has_min,
+        t.group,
+    )
+    shift = t.offset.bit_length() - 1
+    negative_offset = -float(t.offset)
+    wide = WIDE
+    n_sub = 256 // group
+    repeat = group // 4  # lanes that share a scale
+
+    @inline
+    def chunk_32(u, q, d, n, s, scale, minimum, acc):
+        """32 weights; scale and minimum as 8 lanes."""
+        if has_min:
+            ints = dot4(splat_i32(0, 8), u, load_i8(q, 32), big)
+            acc = fma(minimum, load_f32(s, 8), acc)
+        else:
+            ints = dot4(shl(load_i32(n, 8), shift), u, load_i8(q, 32), big)
+        return fma(to_f32(ints), scale * load_f32(d, 8), acc)
+
+    @inline
+    def chunk_64(u, v, q, d, n, s, scale, minimum, acc):
+        """64 weights; scale and minimum as 16 lanes."""
+        if has_min:
+            ints = dot4(splat_i32(0, 16), concat(u, v), load_i8(q, 64), big)
+            acc = fma(minimum, load_f32(s, 16), acc)
+        else:
+            ints = dot4(shl(load_i32(n, 16), shift), concat(u, v), load_i8(q, 64), big)
+        return fma(to_f32(ints), scale * load_f32(d, 16), acc)
+
+    # First sub-block of the second, third and fourth chunk of 64 or 32 weights.
+    b1, b2, b3 = (i * 64 // group for i in (1, 2, 3))
+    c1, c2, c3 = (i * 32 // group for i in (1, 2, 3))
+
+    @inline
+    def row_dot_64(p, q, d, n, s, k):
+        a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
+        for i in range(0, k, 256):
+            sc = scales_of(p)
+            mn = minima_of(p) if has_min else sc
+            u0, u1, u2, u3 = quants(p, 0)
+            v0, v1, v2, v3 = quants(p, 1)
+            c = i
+            a = chunk_64(u0, u1, q + c, d + c, n + c, s + c, spread(sc, 0, repeat, 16), spread(mn, 0, repeat, 16), a)
+            c = i + 64
+            b = chunk_64(u2, u3, q + c, d + c, n + c, s + c, spread(sc, b1, repeat, 16), spread(mn, b1, repeat, 16), b)
+            c = i + 128
+            a = chunk_64(v0, v1, q + c, d + c, n + c, s + c, spread(sc, b2, repeat, 16), spread(mn, b2, repeat, 16), a)
+            c = i + 192
+            b = chunk_64(v2, v3, q + c, d + c, n + c, s + c, spread(sc, b3, repeat, 16), spread(mn, b3, repeat, 16), b)
+            p += size
+        return hsum(a + b)
+
+    @inline
+    def half_dot(us, sc, mn, q, d, n, s, a, b):
+        """128 weights of one half, whose sub-blocks' scales begin at lane 0 of sc."""
+        u0, u1, u2, u3 = us
+        a = chunk_32(u0, q, d, n, s, spread(sc, 0, repeat, 8), spread(mn, 0, repeat, 8), a)
+        c = 32
+        b = chunk_32(u1, q + c, d + c, n + c, s + c, spread(sc, c1, repeat, 8), spread(mn, c1, repeat, 8), b)
+        c = 64
+        a = chunk_32(u2, q + c, d + c, n + c, s + c, spread(sc, c2, repeat, 8), spread(mn, c2, repeat, 8), a)
+        c = 96
+        b = chunk_32(u3, q + c, d + c, n + c, s + c, spread(sc, c3, repeat, 8), spread(mn, c3, repeat, 8), b)
+        return a, b
+
+    half_sub = n_sub // 2
+
+    @inline
+    def row_dot_32(p, q, d, n, s, k):
+        a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
+        for i in range(0, k, 256):
+            sc = scales_of(p)
+            mn = minima_of(p) if has_min else sc
+            a, b = half_dot(quants(p, 0), sc, mn, q + i, d + i, n + i, s + i, a, b)
+            c = i + 128
+            high, low = spread(sc, half_sub, 1, half_sub), spread(mn, half_sub, 1, half_sub)
+            a, b = half_dot(quants(p, 1), high, low, q + c, d + c, n + c, s + c, a, b)
+            p += size
+        return hsum(a + b)
+
+    @inline
+    def unpack(p, to_q, to_d, to_m, k):
+        for i in range(k // 256):
+            for half in range(2):
+                u0, u1, u2, u3 = quants(p, half)
+                at = to_q + (i * 64 + half * 32) * wide
+                store_dwords(at, u0, wide)
+                store_dwords(at + 8 * wide, u1, wide)
+                store_dwords(at + 16 * wide, u2, wide)
+                store_dwords(at + 24 * wide, u3, wide)
+            sc = scales_of(p)
+            store_dwords(to_d + i * n_sub * wide, sc, wide)
+            if has_min:
+                store_dwords(to_m + i * n_sub * wide, minima_of(p), wide)
+            else:
+                store_dwords(to_m + i * n_sub * wide, sc * splat_f32(negative_offset, n_sub), wide)
+            p += size
+
+    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, _tile_product(group, big), group)
+
+
+def _float(name: str) -> Product:
+    size = FLOAT[name]
+    load = {"F32": load_f32, "F16": load_f16, "BF16": load_bf16}[name]
+    lanes, wide, tokens = LANES, WIDE, TOKENS
+
+    @inline
+    def scalar(p):
+        return hsum(load(p, 1))
+
+    @inline
+    def row_dot(p, x, d, n, s, k):
+        a, b = splat_f32(0.0, lanes), splat_f32(0.0, lanes)
+        i = 0
+        while i + 2 * lanes <= k:
+            a = fma(load(p + i * size, lanes), load_f32(x + i * 4, lanes), a)
+            b = fma(load(p + (i + lanes) * size, lanes), load_f32(x + (i + lanes) * 4, lanes), b)
+            i += 2 * lanes
+        total = hsum(a + b)
+        while i < k:
+            total += scalar(p + i * size) * f32_at(x + i * 4)
+            i += 1
+        return total
+
+    @inline
+    def unpack(p, to, d, m, k):
+        i = 0
+        while i + lanes <= k:
+            store_dwords(to + i * wide, load(p + i * size, lanes), wide)
+            i += lanes
+        while i < k:
+            put_f32(to + i * wide, scalar(p + i * size))
+            i += 1
+
+    @inline
+    def multiply(panel, d, m, x, xd, xs, k):
+        total = tile_zero(splat_f32(0.0, lanes), tokens)
+        for i in range(k):
+            total = tile_fma(total, load_f32(panel + i * wide, lanes), x + i * 4 * tokens)
+        return total
+
+    return Product(row_dot, unpack, multiply, 0)
