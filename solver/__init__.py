@@ -1,1 +1,1 @@
-"""The offline half: profiling, predictors and placement (later issues)."""
+"""The offline half: profiling, predictors and placement will live here."""

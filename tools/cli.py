@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..formats.errors import HotcoldError
-from . import bench, chat, perplexity, pull, run, show
+from . import bench, chat, perplexity, pull, run, show, synthetic
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
@@ -80,6 +80,7 @@ app.command("pull")(pull.pull)
 app.command("inspect")(show.inspect)
 app.command("bench")(bench.bench)
 app.command("perplexity")(perplexity.perplexity)
+app.command("synthesize")(synthetic.synthesize)
 
 
 def _version(wanted: bool) -> None:
