@@ -10,7 +10,9 @@ from kernel_harness import LEVELS, Array, Buffer, Op, packed, run
 from hotcold.runtime.cpu.layout import Pack, Step
 
 
-def activate(level: str, gate: Array, up: Array, n_threads: int = 1, quantised: bool = False, segment: int = 32) -> Array:
+def activate(
+    level: str, gate: Array, up: Array, n_threads: int = 1, quantised: bool = False, segment: int = 32
+) -> Array:
     """float32 like gate, and the same values packed."""
     n_tok, k = gate.shape
     out, second = Buffer(gate), Buffer(up)

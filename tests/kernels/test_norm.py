@@ -10,7 +10,9 @@ from kernel_harness import LEVELS, Array, Buffer, Op, packed, panel_tokens, run
 from hotcold.runtime.cpu.layout import Norm, Step
 
 
-def norm(level: str, x: Array, weight: Array, eps: float = 1e-5, rows: Array | None = None, n_threads: int = 1) -> Array:
+def norm(
+    level: str, x: Array, weight: Array, eps: float = 1e-5, rows: Array | None = None, n_threads: int = 1
+) -> Array:
     """float32 (rows, k) as packed for float weights."""
     k = x.shape[1]
     n = len(x) if rows is None else len(rows)

@@ -27,7 +27,15 @@ class Roped(NamedTuple):
 
 
 def rope(
-    level: str, style: str, q: Array, k: Array, v: Array, positions: Array, slots: Array, params: naive.Rope, n_threads: int = 1
+    level: str,
+    style: str,
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Array,
+    slots: Array,
+    params: naive.Rope,
+    n_threads: int = 1,
 ) -> Roped:
     angles, factor = params.angles(np.arange(N_CTX))
     table = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * factor
