@@ -1,13 +1,21 @@
-"""Shared fixtures: a factory of tiny models, cached by their arguments for the whole run."""
+"""Shared fixtures: a factory of tiny models, cached by their arguments for the whole run; where kernels are cached."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import make_tiny_model
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels that tests compile stay in pytest's cache folder: compiled once, and not among the user's own."""
+    cache = getattr(config, "cache", None)  # -p no:cacheprovider
+    if cache is not None:
+        os.environ.setdefault("HOTCOLD_KERNEL_CACHE", str(cache.mkdir("hotcold-kernels")))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,91 @@
+"""Kernels read no byte past a tensor: in a file it may end where the mapping ends.
+
+Weights lie before a page that may not be touched. A kernel that does ends the process, so it runs in a child.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from kernel_harness import FLOATS, LEVELS, PLAIN, QUANTS, TYPES, Array, Buffer, Op, pack_op, packed, run, weights
+
+from hotcold.runtime.cpu.layout import Embed, MatMul, Norm, Step
+
+_KEEP: list[mmap.mmap] = []
+
+
+def before_a_forbidden_page(nbytes: int) -> Array:
+    """Bytes that end where reading is forbidden."""
+    page = mmap.PAGESIZE
+    size = -(-nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    _KEEP.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + size), page, 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    return np.frombuffer(memory, np.uint8)[size - nbytes : size]
+
+
+def touch(level: str) -> None:
+    """Run every kernel that reads weights."""
+    rng = np.random.default_rng(1)
+    for kind in TYPES:
+        k = 33 if kind in FLOATS else 96 if kind in PLAIN else 256
+        raw = weights(kind, 5, k, rng)
+        w = Buffer(raw, before_a_forbidden_page)
+        bias = Buffer(np.zeros(5, np.float32), before_a_forbidden_page)
+        shared = {"w": w, "k": k, "row_bytes": raw.shape[1]}
+        for n_tok in (1, 9):
+            fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
+            product = {"n": 5, "out": Buffer.full((n_tok, 5)), "out_stride": 5, "bias": bias, "count": Step.n_tok}
+            product |= {"add": 0, "chunk": 8, "panels": 1}
+            product |= {name: value for name, value in fields.items() if name.startswith("x")}
+            x = Buffer(np.ones((n_tok, k), np.float32))
+            run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=n_tok)
+        embed = Op(f"embed:{kind}", Embed, {**shared, "out": Buffer.full((1, k))})
+        run(level, embed, n_tok=1, ids=Buffer(np.array([4], np.int32)))
+    for k in (33, 96):
+        weight = Buffer(np.ones(k, np.float32), before_a_forbidden_page)
+        fields = packed(k, 1, False, True)
+        fields |= {"src": Buffer(np.ones((1, k), np.float32)), "weight": weight}
+        fields |= {"k": k, "eps": 1e-5, "count": Step.n_tok}
+        run(level, Op("norm", Norm, fields), n_tok=1)
+
+
+def in_a_child(what: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.run([sys.executable, __file__, what], env=environment, capture_output=True, text=True)
+
+
+LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect through ctypes was tried on Linux")
+
+
+@LINUX
+@pytest.mark.parametrize("level", LEVELS)
+def test_weights_are_not_read_past_their_end(level: str) -> None:
+    child = in_a_child(level)
+    assert child.returncode == 0, f"exit status {child.returncode}: {child.stderr}"
+    assert child.stdout == "untouched\n"
+
+
+@LINUX
+def test_the_page_is_forbidden() -> None:
+    """The test above would notice: reading one byte further ends a child."""
+    child = in_a_child("past the end")
+    assert child.returncode < 0 and child.stdout == "read 5\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1] in LEVELS:
+        touch(sys.argv[1])
+        print("untouched")
+    else:
+        at = before_a_forbidden_page(5).ctypes.data
+        for size in (5, 6):
+            print("read", len(ctypes.string_at(at, size)), flush=True)
