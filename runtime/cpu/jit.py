@@ -180,7 +180,8 @@ def _compile(level: str, names: list[str], progress: Progress | None) -> None:
             child.kill()
         raise
     finally:
-        for part in target.glob("*.part"):
-            part.unlink(missing_ok=True)
+        for child in children:  # not the parts of other processes, which may be at work here too
+            for part in target.glob(f"*.{child.pid}.part"):
+                part.unlink(missing_ok=True)
     if errors:
         raise HotcoldError(f"a kernel did not compile at level {level}: {errors[0]} (HOTCOLD_DEBUG=1 shows all)")
