@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import naive
 import numpy as np
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotcold.runtime.cpu import isa, jit
 from hotcold.runtime.cpu.layout import PANEL_TOKENS, Pack, Row, Step, packed_bytes
@@ -166,17 +166,17 @@ def exact_activations(n_tok: int, k: int, rng: np.random.Generator, power: int =
 
 def weights(kind: str, n: int, k: int, rng: np.random.Generator) -> Array:
     """Random raw rows, uint8 (n, bytes of a row)."""
-    return naive.random_blocks(naive.QType[kind], n, k, rng)
+    return naive.random_blocks(GGMLQuantizationType[kind], n, k, rng)
 
 
 def dequantize(kind: str, raw: Array) -> Array:
     """float64 (n, k)."""
-    return naive.dequantize(raw, naive.QType[kind]).astype(np.float64)
+    return naive.dequantize(raw, GGMLQuantizationType[kind]).astype(np.float64)
 
 
 def with_quants(kind: str, raw: Array, byte: int) -> Array:
     """Raw rows with every quant byte replaced; scales and minima stay."""
-    size = GGML_QUANT_SIZES[naive.QType[kind]][1]
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
     blocks = raw.reshape(-1, size)
     out = np.full_like(blocks, byte)
     for start, end in _SCALES[kind]:

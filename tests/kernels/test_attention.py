@@ -52,7 +52,9 @@ def attend(
     free = list(np.random.default_rng(seed).permutation(n_blocks))
     keys = Buffer.full((n_blocks, heads.n_kv, heads.dim_k, KV_BLOCK), np.float16)
     values = Buffer.full((n_blocks, heads.n_kv, KV_BLOCK, heads.dim_v), np.float16)
-    tables, tiles, positions = [], [], []
+    tables: list[Buffer] = []
+    tiles: list[tuple[int, int, int]] = []
+    positions: list[int] = []
     for index, need in enumerate(needs):
         blocks = np.array([free.pop() for _ in range(need)])
         tables.append(Buffer(blocks.astype(np.int32)))

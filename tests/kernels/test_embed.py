@@ -5,6 +5,7 @@ from __future__ import annotations
 import naive
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from kernel_harness import FLOATS, LEVELS, PLAIN, TYPES, Array, Buffer, Op, dequantize, magnitude, run, weights
 
 from hotcold.runtime.cpu.layout import Embed
@@ -43,7 +44,7 @@ def test_every_finite_half(level: str, kind: str) -> None:
     exponent = 0x7C00 if kind == "F16" else 0x7F80
     bits = np.resize(bits[bits & exponent != exponent], (64, 1024))
     got = embed(level, kind, bits.view(np.uint8), list(range(64)), 1024)
-    wanted = naive.dequantize(bits.view(np.uint8), naive.QType[kind])
+    wanted = naive.dequantize(bits.view(np.uint8), GGMLQuantizationType[kind])
     np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
 
 
