@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -37,6 +38,8 @@ class CPUExecutor:
         sizes = {"tokens": max_tokens, "outputs": max_outputs}
         self._tape, walker = lower(graph, file, config, cache, self._rope.table.ctypes.data, n_threads, sizes, progress)
         self._pool = ThreadPool(walker, n_threads)
+        # also when this object is dropped or the interpreter ends: no thread may outlive the buffers
+        self._end_threads = weakref.finalize(self, self._pool.close)
         self._tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
         self._tiles = np.zeros((max_tokens, 3), np.int32)
         self._tables = np.zeros(max_tokens, np.int64)
@@ -76,4 +79,4 @@ class CPUExecutor:
 
     def close(self) -> None:
         """End the threads; the buffers go with the object."""
-        self._pool.close()
+        self._end_threads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -63,7 +64,7 @@ class Turn:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._mark: object = None
-        self._thread = 0
+        self._thread = self._pid = 0
 
     def held_here(self) -> bool:
         """Whether the caller itself is inside the turn, so that waiting for it would never end."""
@@ -74,7 +75,7 @@ class Turn:
 
     def resume(self) -> None:
         """Mark the calling thread and context as the holder."""
-        self._mark, self._thread = object(), threading.get_ident()
+        self._mark, self._thread, self._pid = object(), threading.get_ident(), os.getpid()
         _held.set({**_held.get(), id(self): self._mark})
 
     @contextmanager
@@ -85,9 +86,11 @@ class Turn:
                 "this LLM is in the middle of a stream that the same thread consumes: "
                 "finish the stream or call its close() before the next call"
             )
+        if self._mark is not None and self._pid != os.getpid():  # whoever would end it is not in this process
+            raise HotcoldError("this LLM was answering when the process forked: open the model again in the child")
         with self._lock:
-            self.resume()
             try:
+                self.resume()
                 yield
             finally:
                 self._mark = None

@@ -6,6 +6,8 @@ import ctypes
 import os
 import threading
 
+from .layout import Row
+
 _WALK = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * 6)
 
 
@@ -17,6 +19,10 @@ def _yield_function() -> int:
         return 0
 
 
+def _int_at(address: int) -> int:
+    return ctypes.c_int64.from_address(address).value
+
+
 class ThreadPool:
     """Runs the walker on n threads; ctypes releases the GIL for the length of a walk."""
 
@@ -24,9 +30,12 @@ class ThreadPool:
         self.n_threads = n_threads
         self._walk = _WALK(walker)
         self._yield = _yield_function()
-        self._turn = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
         self._job: tuple[int, int, int, int] | None = None
-        self._gates = [threading.Lock() for _ in range(n_threads - 1)]
+        self._gates = [threading.Lock() for _ in range(self.n_threads - 1)]
         for gate in self._gates:
             gate.acquire()
         self._threads = [
@@ -46,14 +55,16 @@ class ThreadPool:
             self._walk(tape, rows, step, ith, turn, self._yield)
 
     def run(self, tape: int, rows: int, step: int) -> None:
-        """Walk a tape once; returns when its work is done (the last row must have a barrier).
-
-        A pool walks one tape all its life: the turn that the tape's counters hold is the pool's.
-        """
-        self._job = (tape, rows, step, self._turn)
-        self._open_gates()
-        self._walk(tape, rows, step, 0, self._turn, self._yield)
-        self._turn += 1
+        """Walk a tape once; returns when its work is done (the last row must have a barrier)."""
+        turn = _int_at(_int_at(tape + Row.args)) >> 32  # that of the first row's counter; all hold the same
+        if self._pid != os.getpid():  # threads do not follow into a forked child
+            self._start()
+        try:
+            self._job = (tape, rows, step, turn)
+            self._open_gates()
+        finally:
+            # Ctrl-C may strike between any two lines here, but a walk that others have begun must come to its end
+            self._walk(tape, rows, step, 0, turn, self._yield)
 
     def _open_gates(self) -> None:
         for gate in self._gates:
@@ -65,7 +76,8 @@ class ThreadPool:
         self._job = None
         self._open_gates()
         for thread in self._threads:
-            thread.join()
+            if thread is not threading.current_thread():  # the garbage collector may call from any
+                thread.join()
         self._gates, self._threads = [], []
 
 
