@@ -14,11 +14,13 @@ from .vector import (
     I32,
     I64,
     Vec,
+    call,
     const,
     float_to_half,
     half_to_float,
     join,
     load_from,
+    pointer,
     splat_of,
     store_to,
 )
@@ -152,3 +154,16 @@ def splat_f16(typingctx, a, b, n):
         return half_to_float(builder, join(builder, *parts))
 
     return Vec("f32", n.literal_value)(types.intp, types.intp, n), codegen
+
+
+@intrinsic(prefer_literal=True)
+def prefetch(typingctx, address, nbytes):
+    """Ask for the cache lines of [address, address + nbytes); any address is allowed."""
+
+    def codegen(context, b, sig, args):
+        for offset in range(0, nbytes.literal_value, 64):
+            line = pointer(b, b.add(args[0], I64(offset)), I8)
+            call(b, "llvm.prefetch.p0", ir.VoidType(), line, I32(0), I32(3), I32(1))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, nbytes), codegen

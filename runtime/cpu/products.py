@@ -16,6 +16,7 @@ from .loads import (
     load_f32,
     load_i8,
     load_i32,
+    prefetch,
     put_f32,
     splat_f16,
     store_dwords,
@@ -26,6 +27,7 @@ from .vector import LANES, WIDE
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
 
 TOKENS = 8 if WIDE == 64 else 4  # tokens in a register tile
+AHEAD = 8192  # bytes that row products prefetch ahead: two pages, where the hardware's own stops at one
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def _plain(t: Plain) -> Product:
     shift = t.offset.bit_length() - 1
     negative_offset = -float(t.offset)
     wide = WIDE
-    two = 2 * size
+    two, four = 2 * size, 4 * size
+    ahead = AHEAD
 
     @inline
     def one_block(p, q, d, n, s, acc):
@@ -105,9 +108,10 @@ def _plain(t: Plain) -> Product:
         a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
         i = 0
         while i + 128 <= k:
+            prefetch(p + ahead, four)
             a = two_blocks(p, q + i, d + i, n + i, s + i, a)
             b = two_blocks(p + two, q + i + 64, d + i + 64, n + i + 64, s + i + 64, b)
-            p += 2 * two
+            p += four
             i += 128
         if i + 64 <= k:
             a = two_blocks(p, q + i, d + i, n + i, s + i, a)
@@ -123,6 +127,7 @@ def _plain(t: Plain) -> Product:
         a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
         i = 0
         while i + 64 <= k:
+            prefetch(p + ahead, two)
             a = one_block(p, q + i, d + i, n + i, s + i, a)
             b = one_block(p + size, q + i + 32, d + i + 32, n + i + 32, s + i + 32, b)
             p += two
@@ -157,6 +162,7 @@ def _super(t: Super) -> Product:
     negative_offset = -float(t.offset)
     wide = WIDE
     n_sub = 256 // group
+    ahead = AHEAD
     repeat = group // 4  # lanes that share a scale
 
     @inline
@@ -187,6 +193,7 @@ def _super(t: Super) -> Product:
     def row_dot_64(p, q, d, n, s, k):
         a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
         for i in range(0, k, 256):
+            prefetch(p + ahead, size)
             sc = scales_of(p)
             mn = minima_of(p) if has_min else sc
             u0, u1, u2, u3 = quants(p, 0)
@@ -221,6 +228,7 @@ def _super(t: Super) -> Product:
     def row_dot_32(p, q, d, n, s, k):
         a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
         for i in range(0, k, 256):
+            prefetch(p + ahead, size)
             sc = scales_of(p)
             mn = minima_of(p) if has_min else sc
             a, b = half_dot(quants(p, 0), sc, mn, q + i, d + i, n + i, s + i, a, b)
@@ -254,7 +262,8 @@ def _super(t: Super) -> Product:
 def _float(name: str) -> Product:
     size = FLOAT[name]
     load = {"F32": load_f32, "F16": load_f16, "BF16": load_bf16}[name]
-    lanes, wide, tokens = LANES, WIDE, TOKENS
+    lanes, wide, tokens, ahead = LANES, WIDE, TOKENS, AHEAD
+    step = 2 * LANES * size
 
     @inline
     def scalar(p):
@@ -265,6 +274,7 @@ def _float(name: str) -> Product:
         a, b = splat_f32(0.0, lanes), splat_f32(0.0, lanes)
         i = 0
         while i + 2 * lanes <= k:
+            prefetch(p + i * size + ahead, step)
             a = fma(load(p + i * size, lanes), load_f32(x + i * 4, lanes), a)
             b = fma(load(p + (i + lanes) * size, lanes), load_f32(x + (i + lanes) * 4, lanes), b)
             i += 2 * lanes
