@@ -145,7 +145,7 @@ def _compile(level: str, names: list[str], progress: Progress | None) -> None:
             env=_environment(level),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             start_new_session=os.name == "posix",  # Ctrl-C reaches us alone, and we end them
         )
@@ -157,17 +157,19 @@ def _compile(level: str, names: list[str], progress: Progress | None) -> None:
 
     def follow(child: subprocess.Popen[str]) -> None:
         nonlocal done
-        assert child.stdout and child.stderr
+        assert child.stdout
+        trace = []
         for line in child.stdout:
             if line.startswith("done "):
                 with tell:
                     done += 1
                     say(f"compiling kernels {done}/{len(names)}")
-        trace = child.stderr.read().strip()
+            elif line.strip():
+                trace.append(line)
         if child.wait() != 0:
-            errors.append(trace.splitlines()[-1] if trace else f"exit status {child.returncode}")
+            errors.append(trace[-1].strip() if trace else f"exit status {child.returncode}")
             if os.environ.get("HOTCOLD_DEBUG"):
-                sys.stderr.write(trace + "\n")
+                sys.stderr.writelines(trace)
 
     threads = [threading.Thread(target=follow, args=(child,), daemon=True) for child in children]
     try:
