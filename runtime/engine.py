@@ -17,8 +17,11 @@ from .cpu.threads import default_threads
 from .decoder import build
 from .executor import CPUExecutor
 from .kv_cache import KVCache, Sequence
-from .memory import available_bytes
+from .memory import available_bytes, total_bytes
+from .sampler import check_int
 
+MAX_CONTEXT = 2**30  # positions and cache slots are 32-bit integers
+MAX_THREADS = 1024
 MICRO_BATCH = 512  # tokens evaluated in one step
 MAX_OUTPUTS = 128  # rows of logits that one step returns
 _KV_SHARE = 0.5  # of the free memory, the most that a context not asked for may take
@@ -40,15 +43,16 @@ class Engine:
         n_threads: int | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        if n_threads is not None and not 1 <= n_threads <= 1024:
-            raise ParameterError(f"n_threads: got {n_threads}, wanted 1 to 1024")
-        if n_ctx is not None and n_ctx < 1:
-            raise ParameterError(f"n_ctx: got {n_ctx}, wanted at least 1")
+        if n_threads is not None:
+            n_threads = check_int("n_threads", n_threads, 1, MAX_THREADS)
+        if n_ctx is not None:
+            n_ctx = check_int("n_ctx", n_ctx, 1, MAX_CONTEXT)
         self.file = model if isinstance(model, GGUFFile) else GGUFFile(model)
         self.closed = False
         try:
             self.config = ModelConfig.from_gguf(self.file)
             self.n_ctx = n_ctx or _default_context(self.config)
+            _check_context(self.config, self.n_ctx)
             self.n_threads = n_threads or default_threads()
             self.n_vocab = self.config.n_vocab
             self._cache = KVCache(self.config, self.n_ctx + KV_BLOCK)
@@ -63,9 +67,11 @@ class Engine:
                 MAX_OUTPUTS,
                 progress,
             )
-        except BaseException:
+        except BaseException as error:
             self.file.close()
             self.closed = True
+            if isinstance(error, MemoryError):
+                raise ParameterError(f"n_ctx: got {self.n_ctx}, wanted less: out of memory ({error})") from error
             raise
 
     @property
@@ -134,11 +140,26 @@ class Engine:
         self.close()
 
 
+def _token_bytes(config: ModelConfig) -> int:
+    """Bytes of one token in the KV cache and the table of rotations."""
+    kv = config.n_layer * config.n_head_kv * (config.head_dim_k + config.head_dim_v) * 2
+    return kv + config.rope_dim * 4
+
+
 def _default_context(config: ModelConfig) -> int:
-    """The model's context, or what fits into a share of the free memory."""
+    """The model's context, or what fits into a share of the free memory, but never nothing."""
     free = available_bytes()
     if free is None:
-        return config.n_ctx_train
-    per_token = config.n_layer * config.n_head_kv * (config.head_dim_k + config.head_dim_v) * 2
-    fits = int(free * _KV_SHARE) // per_token // KV_BLOCK * KV_BLOCK
-    return max(KV_BLOCK, min(config.n_ctx_train, fits))
+        return min(config.n_ctx_train, MAX_CONTEXT)
+    fits = int(free * _KV_SHARE) // _token_bytes(config) // KV_BLOCK * KV_BLOCK
+    return min(config.n_ctx_train, MAX_CONTEXT, max(KV_BLOCK, fits))
+
+
+def _check_context(config: ModelConfig, n_ctx: int) -> None:
+    """Raise ParameterError for a context that could never be filled."""
+    total, each = total_bytes(), _token_bytes(config)
+    if total is not None and n_ctx > total // each:
+        raise ParameterError(
+            f"n_ctx: got {n_ctx}, wanted at most {total // each}: each token takes {each} bytes, "
+            f"and all the memory is {total / 2**30:.1f} GiB"
+        )

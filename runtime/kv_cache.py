@@ -23,7 +23,8 @@ class KVCache:
         self.value_layer_bytes = self.n_blocks * per_block * config.head_dim_v
         self._keys = aligned(config.n_layer * self.key_layer_bytes, zero=True)
         self._values = aligned(config.n_layer * self.value_layer_bytes, zero=True)
-        self._free = list(range(self.n_blocks - 1, -1, -1))
+        self._fresh = 0  # blocks from here on were never taken
+        self._free: list[int] = []
 
     @property
     def nbytes(self) -> int:
@@ -39,13 +40,17 @@ class KVCache:
 
     def take(self) -> int:
         """A free block."""
-        if not self._free:
+        if self._free:
+            return self._free.pop()
+        if self._fresh == self.n_blocks:
             raise ContextLengthError(
                 f"KV cache is full: all {self.n_blocks * KV_BLOCK} tokens are in use; close a sequence"
             )
-        return self._free.pop()
+        self._fresh += 1
+        return self._fresh - 1
 
     def give(self, blocks: list[int]) -> None:
+        """Take blocks back."""
         self._free.extend(reversed(blocks))
 
 
@@ -88,9 +93,10 @@ class Sequence:
         """Forget all tokens after the first n."""
         del self.tokens[n:]
         keep = -(-len(self.tokens) // KV_BLOCK)
+        blocks = self._blocks[keep:]
+        del self._blocks[keep:]  # first: an interrupt may lose a block, but never give one to two sequences
         if self._cache is not None:
-            self._cache.give(self._blocks[keep:])
-        del self._blocks[keep:]
+            self._cache.give(blocks)
 
     def close(self) -> None:
         """Give the memory back to the cache."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hotcold import Engine
+from hotcold import LLM, Engine
 from hotcold.formats.errors import ClosedError, ContextLengthError, ParameterError, UnsupportedError
 
 Make = Callable[..., Path]
@@ -55,7 +55,50 @@ def test_context_defaults_to_the_models(tiny_model: Make) -> None:
         assert engine.n_threads >= 1
 
 
-@pytest.mark.parametrize("options", [{"n_ctx": 0}, {"n_ctx": -5}, {"n_threads": 0}, {"n_threads": -1}])
+def test_context_is_capped_by_memory_and_never_nothing(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_model(n_ctx_train=2**31 - 1)
+    for free, wanted in ((2**20, range(64, 2048)), (1, [32])):
+        monkeypatch.setattr("hotcold.runtime.engine.available_bytes", lambda free=free: free)
+        with Engine(path, n_threads=1) as engine:
+            assert engine.n_ctx in wanted
+            assert np.isfinite(engine.eval(engine.new_sequence(), IDS)).all()
+    monkeypatch.undo()
+    with Engine(path, n_threads=1) as engine:  # with whatever memory this machine has
+        assert engine.n_ctx >= 32
+        assert np.isfinite(engine.eval(engine.new_sequence(), IDS)).all()
+    with Engine(tiny_model(n_ctx_train=16), n_threads=1) as engine:
+        assert engine.n_ctx == 16
+
+
+def test_a_context_beyond_all_memory_is_refused(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_model()
+    for n_ctx in (2**30 + 1, 2**62, 10**30):
+        with pytest.raises(ParameterError, match=f"n_ctx: got {n_ctx}, wanted 1 to {2**30}"):
+            Engine(path, n_ctx=n_ctx)
+        with pytest.raises(ParameterError, match="n_ctx"):
+            LLM(path, n_ctx=n_ctx)
+
+    def fail(*arguments: object) -> None:
+        raise MemoryError("no 128 GiB")
+
+    monkeypatch.setattr("hotcold.runtime.engine.KVCache", fail)
+    with pytest.raises(ParameterError, match="n_ctx: got 70, wanted less: out of memory .no 128 GiB."):
+        Engine(path, n_ctx=70)
+    monkeypatch.undo()
+    monkeypatch.setattr("hotcold.runtime.engine.total_bytes", lambda: 2**20)
+    with pytest.raises(ParameterError, match="n_ctx: got 100000, wanted at most [0-9]+: .* memory") as caught:
+        Engine(path, n_ctx=100_000)
+    limit = int(str(caught.value).split("at most ")[1].split(":")[0])
+    with Engine(path, n_ctx=limit, n_threads=1) as engine:
+        assert engine.n_ctx == limit and engine.kv_bytes < 2**20 + 2**15
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"n_ctx": 0}, {"n_ctx": -5}, {"n_ctx": "9"}, {"n_threads": 0}, {"n_threads": -1}, {"n_threads": 2000}],
+)
 def test_bad_parameters(tiny_model: Make, options: dict[str, int]) -> None:
     with pytest.raises(ParameterError):
         Engine(tiny_model(), **options)  # type: ignore[arg-type]
