@@ -18,6 +18,7 @@ from .decoder import build
 from .executor import CPUExecutor
 from .kv_cache import KVCache, Sequence
 from .memory import available_bytes, total_bytes
+from .parts import parts
 from .sampler import check_int
 
 MAX_CONTEXT = 2**30  # positions and cache slots are 32-bit integers
@@ -101,13 +102,13 @@ class Engine:
         sequence.reserve(len(tokens))
         size = MAX_OUTPUTS if all_logits else MICRO_BATCH
         kept = np.empty((len(tokens), self.n_vocab), np.float32) if all_logits and len(tokens) > size else None
-        for start in range(0, len(tokens), size):
-            part = tokens[start : start + size]
-            last = start + len(part) == len(tokens)
-            wanted = np.arange(len(part)) if all_logits else np.arange(len(part) - 1, len(part))[: 1 if last else 0]
-            logits = self._executor.run([(sequence, part)], wanted)
+        for part in parts(len(tokens), size):
+            rows = np.arange(part.stop - part.start)
+            if not all_logits:
+                rows = rows[-1:] if part.stop == len(tokens) else rows[:0]
+            logits = self._executor.run([(sequence, tokens[part])], rows)
             if kept is not None:
-                kept[start : start + len(part)] = logits
+                kept[part] = logits
         return logits if kept is None else kept
 
     def _tokens(self, ids: Seq[int] | np.ndarray) -> np.ndarray:

@@ -34,8 +34,10 @@ class LLM(Completions):
 
     model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
     n_ctx: tokens of context (None = the model's, capped by memory); n_threads: None = the machine's cores.
-    seed: for calls that give none; None = a fresh one a call. progress: takes lines about slow steps (verbose
-    sends them to stderr). Several threads may call: calls queue. A stream has its turn from its first step
+    seed: for calls that give none; None = a fresh one a call. The same prompt, settings and seed give the same
+    text, on a new LLM and on one that answered other prompts before; only a prompt that goes on after an answer
+    takes its cached tokens, which were computed one by one, and may then differ by rounding from a new LLM's.
+    progress: takes lines about slow steps (verbose sends them to stderr). Several threads may call: calls queue. A stream has its turn from its first step
     until it ends, is closed or is dropped; another call by the thread that consumes it is an error.
     """
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.errors import ClosedError, ContextLengthError, HotcoldError, ParameterError
+from .parts import parts, reusable
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -135,8 +136,7 @@ class Session:
 
         The logits are the engine's buffer, valid until its next evaluation; likewise below.
         """
-        # the last token is evaluated in any case: its logits are not kept
-        reused = min(_common(self._sequence.tokens, ids), len(ids) - 1)
+        reused = reusable(_common(self._sequence.tokens, ids), len(ids))
         self._sequence.truncate(reused)
         return self.engine.eval(self._sequence, ids[reused:])[-1], reused
 
@@ -147,8 +147,8 @@ class Session:
     def rows(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Evaluate `ids` from nothing in the cached sequence; blocks of logits, one row a token."""
         self._sequence.truncate(0)
-        for start in range(0, len(ids), ROWS):
-            yield self.engine.eval(self._sequence, ids[start : start + ROWS], all_logits=True)
+        for part in parts(len(ids), ROWS):
+            yield self.engine.eval(self._sequence, ids[part], all_logits=True)
 
     def close(self) -> None:
         """Wait for the call in progress and close the engine; a stream that the caller holds ends there."""

@@ -34,6 +34,7 @@ from hotcold.formats.errors import (
     UnsupportedError,
 )
 from hotcold.runtime.llm import LLM
+from hotcold.runtime.parts import parts, reusable
 from hotcold.runtime.sampler import SamplingParams
 from hotcold.runtime.stops import StopMatcher
 
@@ -99,24 +100,40 @@ def test_characters_are_whole_in_streams() -> None:
     assert llm.generate("?", stop="€") == ""
 
 
-def test_prefix_is_reused_and_the_last_token_always_evaluated() -> None:
+def test_prefix_is_reused_and_the_end_always_evaluated() -> None:
     llm = make(saying(HEL, LO))
     calls = llm.engine.calls  # type: ignore[attr-defined]
-    assert llm.generate([1, 2, 3, ord("?")]) == "Hello"
-    assert calls == [4, 1, 1]
-    assert llm.stats().prompt_tokens == 4 and llm.stats().reused_tokens == 0
+    prompt = [*range(1, 20), ord("?")]
+    assert llm.generate(prompt) == "Hello"
+    assert calls == [20, 1, 1]
+    assert llm.stats().prompt_tokens == 20 and llm.stats().reused_tokens == 0
     assert llm.stats().decode_tokens == 2 and llm.stats().decode_steps == 2
-    assert llm.stats().context_used == 6 and llm.stats().n_ctx == 200
+    assert llm.stats().context_used == 22 and llm.stats().n_ctx == 200
     calls.clear()
-    assert llm.generate([1, 2, 3, ord("?"), HEL, LO, 9, ord("?")]) == "Hello"
-    assert calls == [2, 1, 1] and llm.stats().reused_tokens == 6
+    assert llm.generate([*prompt, HEL, LO, *range(1, 8), ord("?")]) == "Hello"
+    assert calls == [8, 1, 1] and llm.stats().reused_tokens == 22
     calls.clear()
-    assert llm.generate([1, 2, 3, ord("?")]) == "Hello"
-    assert calls == [1, 1, 1] and llm.stats().reused_tokens == 3
+    assert llm.generate(prompt) == "Hello"
+    assert calls == [8, 1, 1] and llm.stats().reused_tokens == 12
     calls.clear()
-    assert llm.generate([1, 7, ord("?")]) == "Hello"
-    assert calls == [2, 1, 1] and llm.stats().reused_tokens == 1
+    assert llm.generate([*prompt[:9], *range(30, 40), ord("?")]) == "Hello"
+    assert calls == [11, 1, 1] and llm.stats().reused_tokens == 9
     assert llm.stats().prompt_tok_s > 0 and llm.stats().decode_tok_s > 0
+
+
+@pytest.mark.parametrize(
+    ("common", "n", "wanted"),
+    [(0, 1, 0), (3, 4, 0), (7, 100, 0), (8, 100, 8), (20, 20, 12), (14, 15, 0), (16, 16, 8), (90, 91, 83)],
+)
+def test_a_prompt_stays_on_the_kernels_of_prompts(common: int, n: int, wanted: int) -> None:
+    assert reusable(common, n) == wanted
+
+
+@pytest.mark.parametrize("n", [*range(1, 90), 515, 1024])
+def test_parts_are_never_too_short(n: int) -> None:
+    found = list(parts(n, 32))
+    assert [i for part in found for i in range(n)[part]] == list(range(n))
+    assert all(min(8, n) <= part.stop - part.start <= 32 for part in found)
 
 
 def test_a_chat_turn_computes_only_what_is_new() -> None:
