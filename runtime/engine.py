@@ -78,6 +78,7 @@ class Engine:
     @property
     def kv_bytes(self) -> int:
         """Bytes of a full KV cache."""
+        self._check_open()
         return self._cache.nbytes
 
     @property

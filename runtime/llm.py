@@ -8,13 +8,13 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.chat_template import ChatTemplate, load_template
-from ..formats.errors import FormatError, ParameterError
+from ..formats.errors import FormatError, ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer, load_tokenizer
 from .answer import Answer, Processor, Request, check_callables, check_max_tokens, check_stop
 from .chat_prompt import ChatPrompt, Messages
@@ -34,11 +34,15 @@ class LLM(Completions):
 
     model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
     n_ctx: tokens of context (None = the model's, capped by memory); n_threads: None = the machine's cores.
-    seed: for calls that give none; None = a fresh one a call. The same prompt, settings and seed give the same
-    text, on a new LLM and on one that answered other prompts before; only a prompt that goes on after an answer
-    takes its cached tokens, which were computed one by one, and may then differ by rounding from a new LLM's.
-    progress: takes lines about slow steps (verbose sends them to stderr). Several threads may call: calls queue. A stream has its turn from its first step
-    until it ends, is closed or is dropped; another call by the thread that consumes it is an error.
+    seed: for calls that give none; None = a fresh one a call. progress: takes lines about slow steps (verbose
+    sends them to stderr).
+
+    The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
+    before. Only a prompt that goes on after an answer takes that answer's tokens from the cache, where they
+    were computed one by one, and may differ by rounding from what a new LLM would say.
+
+    Several threads may call: calls queue. A stream has its turn from its first step until it ends, is closed or
+    is dropped; another call by the thread that consumes it is an error.
     """
 
     def __init__(
@@ -229,6 +233,13 @@ class LLM(Completions):
         """Wait for the calls in progress, then free the model; a stream that the caller holds ends there."""
         self._session.close()
 
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"n_ctx={self.n_ctx}, n_threads={self.engine.n_threads}"
+        return f"LLM({self.name!r}, {state})"
+
+    def __reduce__(self) -> NoReturn:
+        raise UnsupportedError(f"{self!r} cannot be copied or sent to another process; open the model there")
+
     def __enter__(self) -> LLM:
         self._session.check_open()
         return self
@@ -301,6 +312,8 @@ class LLM(Completions):
             # an EOS that the model wants after a text would end the prompt before the answer
             if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos_id]:
                 ids.pop()
+        elif prompt is None or isinstance(prompt, bytes):
+            raise ParameterError(f"prompt: got {type(prompt).__name__}, wanted a text or a list of token ids")
         else:
             ids = check_ids(prompt, self.n_vocab)
         if not ids:

@@ -72,12 +72,14 @@ def resolve(name: str | Path, progress: Progress | None = None, download: bool =
     Raises ModelNotFoundError (also for what would need a download when `download` is false), DownloadError,
     StorageError, UnsupportedError.
     """
+    if not str(name):
+        raise ModelNotFoundError(f"model: got an empty name, wanted a path, {_REFERENCES}")
     path = Path(name).expanduser()
     try:
-        if path.is_file():
-            return path
         if path.is_dir():
             raise ModelNotFoundError(f"{path}: is a folder, wanted a GGUF file")
+        if path.exists():  # the reader says what is wrong with a device or a pipe
+            return path
     except OSError as exc:
         raise ModelNotFoundError(f"{path}: {exc.strerror or exc}") from exc
     if (cached := cached_path(str(name))) is not None:

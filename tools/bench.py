@@ -181,11 +181,11 @@ def bench(
 ) -> None:
     """Measure speed, start-up time and peak memory."""
     path = console.find_model(model)
-    _warn_if_busy()
     n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
     with ExitStack() as stack:
         ours = Ours(path, n_ctx, threads, stack)
         n_vocab, used = ours.engine.n_vocab, ours.engine.n_threads
+        _warn_if_busy()
         sides: list[Side] = [ours]
         if against is not None:
             theirs = Theirs(peer_python or Path(sys.executable), path, n_ctx, used, n_vocab)

@@ -124,6 +124,9 @@ def test_use_after_close(tiny_model: Make) -> None:
         engine.eval(sequence, IDS)
     with pytest.raises(ClosedError):
         engine.new_sequence()
+    with pytest.raises(ClosedError):
+        engine.kv_bytes  # noqa: B018
+    assert engine.weight_bytes > 0
 
 
 def test_use_of_a_closed_sequence(tiny_model: Make) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +250,31 @@ def test_the_fallback_template_brings_its_stop_string() -> None:
     with pytest.warns(UserWarning, match="no chat template"):
         llm = make(saying(HEL, *b"<|im_end|>", LO), template=None)
         assert llm.chat("Hi?") == "Hel"
+
+
+def test_arguments_that_are_no_prompt() -> None:
+    llm = make(saying(HEL))
+    for prompt in (None, b"abc"):
+        with pytest.raises(ParameterError, match="prompt: got .*, wanted a text or a list of token ids"):
+            llm.generate(prompt)  # type: ignore[arg-type]
+    for ids in (["a"], [1.5], [[1]], 7, [2**70]):
+        with pytest.raises(ParameterError, match="token ids: got"):
+            llm.generate(ids)  # type: ignore[arg-type]
+    for bad in (-1, N_VOCAB):
+        for call in (llm.generate, llm.logits, llm.detokenize):
+            with pytest.raises(ParameterError, match=f"token ids: got {bad}, wanted 0 to {N_VOCAB - 1}"):
+                call([5, bad])  # type: ignore[operator]
+
+
+def test_what_a_model_says_of_itself() -> None:
+    llm = make()
+    llm.engine.n_threads = 2  # type: ignore[misc]
+    assert repr(llm) == "LLM('fake.gguf', n_ctx=200, n_threads=2)"
+    for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(UnsupportedError, match="cannot be copied or sent to another process"):
+            copied(llm)
+    llm.close()
+    assert repr(llm) == "LLM('fake.gguf', closed)"
 
 
 def test_constructor_checks_before_it_opens(tmp_path: Path) -> None:
