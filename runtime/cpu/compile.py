@@ -50,7 +50,7 @@ def build(name: str) -> tuple[Any, Any]:
 def to_module(name: str) -> Any:
     """The optimised LLVM module of a kernel, with SYMBOL as its only public function."""
     function, signature = build(name)
-    kernel = CFunc(function, (signature.args, signature.return_type), locals={}, options=OPTIONS)
+    kernel: Any = CFunc(function, (signature.args, signature.return_type), locals={}, options=OPTIONS)
     with global_compiler_lock:
         result: Any = kernel._compile_uncached()
         result.library._ensure_finalized()  # links the helpers in
