@@ -156,7 +156,7 @@ def test_chat_completion_shape() -> None:
         (lambda m: m.generate([-1]), "token ids: got -1"),
         (lambda m: m.generate(["a"]), "token ids: got list"),
         (lambda m: m.generate([[1], [1, 2]]), "token ids: got list"),
-        (lambda m: m.generate(None), "token ids: got NoneType"),
+        (lambda m: m.generate(None), "prompt: got NoneType, wanted a text"),
         (lambda m: m.logits("text"), "token ids: got str"),
         (lambda m: m.detokenize([99999]), "token ids: got 99999"),
         (lambda m: m.chat([]), "messages: got"),
