@@ -61,7 +61,7 @@ class LLM(Completions):
         if not isinstance(model, (str, Path)):
             raise ParameterError(f"model: got {type(model).__name__}, wanted a path or a model name")
         chosen_seed = SamplingParams(seed=seed).seed
-        # these bring the hub client and Numba: seconds that neither import nor a wrong argument should cost
+        # what these bring takes time, which neither `import` nor a wrong argument should cost
         from .models import resolve
 
         report = progress or (_to_stderr if verbose else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from contextlib import suppress
 
 from .layout import Row
 
@@ -34,7 +35,8 @@ class ThreadPool:
 
     def _start(self) -> None:
         self._pid = os.getpid()
-        self._job: tuple[int, int, int, int] | None = None
+        self._ended = False
+        self._job = (0, 0, 0, 0)
         self._gates = [threading.Lock() for _ in range(self.n_threads - 1)]
         for gate in self._gates:
             gate.acquire()
@@ -48,10 +50,9 @@ class ThreadPool:
     def _serve(self, gate: threading.Lock, ith: int) -> None:
         while True:
             gate.acquire()
-            job = self._job
-            if job is None:
+            if self._ended:
                 return
-            tape, rows, step, turn = job
+            tape, rows, step, turn = self._job
             self._walk(tape, rows, step, ith, turn, self._yield)
 
     def run(self, tape: int, rows: int, step: int) -> None:
@@ -68,12 +69,12 @@ class ThreadPool:
 
     def _open_gates(self) -> None:
         for gate in self._gates:
-            if gate.locked():  # else its thread has not come back yet, and will see the new job
+            with suppress(RuntimeError):  # open still: its thread has not come back yet, and will see the new job
                 gate.release()
 
     def close(self) -> None:
-        """End the threads."""
-        self._job = None
+        """End the threads; a walk in another thread goes on alone."""
+        self._ended = True
         self._open_gates()
         for thread in self._threads:
             if thread is not threading.current_thread():  # the garbage collector may call from any

@@ -102,6 +102,26 @@ print("end")
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+def test_the_interpreter_may_end_while_a_daemon_thread_generates(tiny_model: Make) -> None:
+    code = f"""
+import threading
+from hotcold import LLM
+llm, begun = LLM({str(tiny_model(n_ctx_train=10**6))!r}, n_threads=3), threading.Event()
+
+def note(ids, scores):
+    begun.set()
+    scores[:3] = -1e9  # no end of the text
+    return scores
+
+work = lambda: llm.generate("hello", max_tokens=10**6, logits_processor=note)
+threading.Thread(target=work, daemon=True).start()
+begun.wait(60)
+print("end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_computes_the_same(tiny_model: Make) -> None:
     code = f"""
