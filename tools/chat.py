@@ -14,12 +14,12 @@ from .. import __version__
 from ..formats.errors import HotcoldError, ParameterError
 from . import console, options
 from .conversation import CHAT_LENGTH, Conversation
+from .fence import FENCE, fence_open, unfenced
 from .run import read_stdin
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-FENCE = '"""'
 REPEAT_PENALTY = 1.1  # as other chat programs have it: small models fall into loops without
 
 Length = Annotated[
@@ -147,21 +147,6 @@ class Repl:
 
     def _erase_line(self) -> None:
         sys.stdout.write("\r\x1b[2K")
-
-
-def unfenced(line: str) -> str:
-    """The message in a line: without the triple quotes around it, and `//x` for a message `/x`."""
-    if line.startswith("//"):
-        return line[1:]
-    if line.startswith(FENCE):
-        return line[len(FENCE) :].removesuffix(FENCE).strip("\n")
-    return line
-
-
-def fence_open(text: str) -> bool:
-    """Whether the text being typed still waits for its closing triple quotes."""
-    text = text.lstrip()
-    return text.startswith(FENCE) and (len(text) < 2 * len(FENCE) or not text.rstrip().endswith(FENCE))
 
 
 def _prompt_session() -> PromptSession[str]:

@@ -13,6 +13,7 @@ from prompt_toolkit.document import Document
 from ..formats.errors import ParameterError
 from .console import human_bytes, printable
 from .conversation import PARAMETERS
+from .fence import unfenced
 from .run import describe
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ def _set(repl: Repl, rest: str) -> None:
     what, _, value = rest.partition(" ")
     value = value.strip()
     if what == "system":
-        from .chat import unfenced
-
         repl.talk.system = unfenced(value) or None
         repl.say("System prompt set." if repl.talk.system else "System prompt removed.")
     elif what == "parameter":

@@ -16,7 +16,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from talks import HELLO, make_talk, roles
 
-from hotcold.tools import chat, console
+from hotcold.tools import chat, console, fence
 from hotcold.tools.commands import CommandCompleter
 from hotcold.tools.conversation import Conversation
 
@@ -166,12 +166,12 @@ def test_completion(typed: str, offered: list[str]) -> None:
     ],
 )
 def test_fences(text: str, open_: bool) -> None:
-    assert chat.fence_open(text) is open_
+    assert fence.fence_open(text) is open_
 
 
 @pytest.mark.parametrize(("line", "message"), [("a", "a"), ('"""a\nb"""', "a\nb"), ('"""\na\n"""', "a"), ("//x", "/x")])
 def test_unfenced(line: str, message: str) -> None:
-    assert chat.unfenced(line) == message
+    assert fence.unfenced(line) == message
 
 
 # Piped
