@@ -77,8 +77,9 @@ def resolve(name: str | Path, progress: Progress | None = None, download: bool =
     path = Path(name).expanduser()
     try:
         if path.is_dir():
-            raise ModelNotFoundError(f"{path}: is a folder, wanted a GGUF file")
-        if path.exists():  # the reader says what is wrong with a device or a pipe
+            if not _is_reference(str(name)):
+                raise ModelNotFoundError(f"{path}: is a folder, wanted a GGUF file")
+        elif path.exists():  # the reader says what is wrong with a device or a pipe
             return path
     except OSError as exc:
         raise ModelNotFoundError(f"{path}: {exc.strerror or exc}") from exc

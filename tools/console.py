@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..formats.errors import ModelNotFoundError
+
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from ..runtime.llm import LLM
@@ -154,10 +156,11 @@ def find_model(name: str) -> Path:
     """The file that `name` means, pulled with a progress bar when it is not here yet."""
     from ..runtime import models
 
-    if (cached := models.cached_path(name)) is not None:
-        return cached
-    with download_bar() as progress:
-        return models.resolve(name, progress)
+    try:
+        return models.resolve(name, download=False)  # without loading what draws bars
+    except ModelNotFoundError:
+        with download_bar() as progress:
+            return models.resolve(name, progress)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import pytest
 
 from hotcold.formats.errors import DownloadError, ModelNotFoundError, StorageError
 from hotcold.runtime import models
+from hotcold.tools import console
 
 CONTENT = b"GGUF" + bytes(range(256)) * 5000
 WHEEL = models.WheelModel(
@@ -89,6 +90,15 @@ def test_resolve_takes_a_path_first(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     assert models.resolve("smollm2") == Path("smollm2")
     assert models.resolve(tmp_path / "smollm2") == tmp_path / "smollm2"
+    assert console.find_model("smollm2") == Path("smollm2")
+
+
+def test_a_folder_of_an_aliass_name_is_no_model(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_wheel(index)
+    (tmp_path / "work" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    path = models.resolve("tiny")
+    assert path.read_bytes() == CONTENT and console.find_model("tiny") == path
 
 
 @pytest.mark.parametrize("name", ["nosuch.gguf", "org/repo", "./a/b.gguf", "", "x" * 5000, "nul\0.gguf"])
