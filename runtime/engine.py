@@ -94,9 +94,9 @@ class Engine:
     def eval(self, sequence: Sequence, ids: Seq[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Append tokens to a sequence and return their logits.
 
-        ids: at least one token id. Returns float32 [1, n_vocab] for the last token, or with all_logits [len(ids), n_vocab];
-        the next call may overwrite it. ParameterError for bad ids, ContextLengthError past n_ctx. An interrupt leaves the
-        sequence with the tokens of the micro-batches evaluated so far.
+        ids: at least one token id. Returns float32 [1, n_vocab] for the last token, or with all_logits
+        [len(ids), n_vocab]; the next call may overwrite it. ParameterError for bad ids, ContextLengthError past
+        n_ctx. An interrupt leaves the sequence with the tokens of the micro-batches evaluated so far.
         """
         self._check_open()
         tokens = self._tokens(ids)
