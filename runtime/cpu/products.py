@@ -75,33 +75,45 @@ def _tile_product(group: int, big: bool) -> Any:
     return multiply
 
 
+def _accumulate(lanes: int, has_min: bool, offset: int, big: bool) -> Any:
+    """A step of a row product, 4 * lanes weights: acc += scale * (u . q) * xd, and what the minimum or offset adds."""
+    width, shift = 4 * lanes, offset.bit_length() - 1
+
+    @inline
+    def add(u, q, d, n, s, scale, minimum, acc):
+        """scale, minimum: float lanes; without a minimum the sum starts at -offset * (sum of q)."""
+        if has_min:
+            ints = dot4(splat_i32(0, lanes), u, load_i8(q, width), big)
+            acc = fma(minimum, load_f32(s, lanes), acc)
+        else:
+            ints = dot4(shl(load_i32(n, lanes), shift), u, load_i8(q, width), big)
+        return fma(to_f32(ints), scale * load_f32(d, lanes), acc)
+
+    return add
+
+
 def _plain(t: Plain) -> Product:
     size, quants, pair, big, has_min = t.n_bytes, t.quants, t.pair, t.big, t.has_min
-    shift = t.offset.bit_length() - 1
     negative_offset = -float(t.offset)
     wide = WIDE
     two, four = 2 * size, 4 * size
     ahead = AHEAD
 
+    add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
+
     @inline
     def one_block(p, q, d, n, s, acc):
         """32 weights."""
-        if has_min:
-            ints = dot4(splat_i32(0, 8), quants(p), load_i8(q, 32), big)
-            acc = fma(splat_f16(p + 2, p + 2, 8), load_f32(s, 8), acc)
-        else:
-            ints = dot4(shl(load_i32(n, 8), shift), quants(p), load_i8(q, 32), big)
-        return fma(to_f32(ints), splat_f16(p, p, 8) * load_f32(d, 8), acc)
+        scale = splat_f16(p, p, 8)
+        minimum = splat_f16(p + 2, p + 2, 8) if has_min else scale
+        return add_32(quants(p), q, d, n, s, scale, minimum, acc)
 
     @inline
     def two_blocks(p, q, d, n, s, acc):
         """64 weights."""
-        if has_min:
-            ints = dot4(splat_i32(0, 16), pair(p, p + size), load_i8(q, 64), big)
-            acc = fma(splat_f16(p + 2, p + size + 2, 16), load_f32(s, 16), acc)
-        else:
-            ints = dot4(shl(load_i32(n, 16), shift), pair(p, p + size), load_i8(q, 64), big)
-        return fma(to_f32(ints), splat_f16(p, p + size, 16) * load_f32(d, 16), acc)
+        scale = splat_f16(p, p + size, 16)
+        minimum = splat_f16(p + 2, p + size + 2, 16) if has_min else scale
+        return add_64(pair(p, p + size), q, d, n, s, scale, minimum, acc)
 
     @inline
     def row_dot_64(p, q, d, n, s, k):
@@ -158,32 +170,13 @@ def _super(t: Super) -> Product:
         t.has_min,
         t.group,
     )
-    shift = t.offset.bit_length() - 1
     negative_offset = -float(t.offset)
     wide = WIDE
     n_sub = 256 // group
     ahead = AHEAD
     repeat = group // 4  # lanes that share a scale
 
-    @inline
-    def chunk_32(u, q, d, n, s, scale, minimum, acc):
-        """32 weights; scale and minimum as 8 lanes."""
-        if has_min:
-            ints = dot4(splat_i32(0, 8), u, load_i8(q, 32), big)
-            acc = fma(minimum, load_f32(s, 8), acc)
-        else:
-            ints = dot4(shl(load_i32(n, 8), shift), u, load_i8(q, 32), big)
-        return fma(to_f32(ints), scale * load_f32(d, 8), acc)
-
-    @inline
-    def chunk_64(u, v, q, d, n, s, scale, minimum, acc):
-        """64 weights; scale and minimum as 16 lanes."""
-        if has_min:
-            ints = dot4(splat_i32(0, 16), concat(u, v), load_i8(q, 64), big)
-            acc = fma(minimum, load_f32(s, 16), acc)
-        else:
-            ints = dot4(shl(load_i32(n, 16), shift), concat(u, v), load_i8(q, 64), big)
-        return fma(to_f32(ints), scale * load_f32(d, 16), acc)
+    add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
 
     # First sub-block of the second, third and fourth chunk of 64 or 32 weights.
     b1, b2, b3 = (i * 64 // group for i in (1, 2, 3))
@@ -199,13 +192,21 @@ def _super(t: Super) -> Product:
             u0, u1, u2, u3 = quants(p, 0)
             v0, v1, v2, v3 = quants(p, 1)
             c = i
-            a = chunk_64(u0, u1, q + c, d + c, n + c, s + c, spread(sc, 0, repeat, 16), spread(mn, 0, repeat, 16), a)
+            a = add_64(
+                concat(u0, u1), q + c, d + c, n + c, s + c, spread(sc, 0, repeat, 16), spread(mn, 0, repeat, 16), a
+            )
             c = i + 64
-            b = chunk_64(u2, u3, q + c, d + c, n + c, s + c, spread(sc, b1, repeat, 16), spread(mn, b1, repeat, 16), b)
+            b = add_64(
+                concat(u2, u3), q + c, d + c, n + c, s + c, spread(sc, b1, repeat, 16), spread(mn, b1, repeat, 16), b
+            )
             c = i + 128
-            a = chunk_64(v0, v1, q + c, d + c, n + c, s + c, spread(sc, b2, repeat, 16), spread(mn, b2, repeat, 16), a)
+            a = add_64(
+                concat(v0, v1), q + c, d + c, n + c, s + c, spread(sc, b2, repeat, 16), spread(mn, b2, repeat, 16), a
+            )
             c = i + 192
-            b = chunk_64(v2, v3, q + c, d + c, n + c, s + c, spread(sc, b3, repeat, 16), spread(mn, b3, repeat, 16), b)
+            b = add_64(
+                concat(v2, v3), q + c, d + c, n + c, s + c, spread(sc, b3, repeat, 16), spread(mn, b3, repeat, 16), b
+            )
             p += size
         return hsum(a + b)
 
@@ -213,13 +214,13 @@ def _super(t: Super) -> Product:
     def half_dot(us, sc, mn, q, d, n, s, a, b):
         """128 weights of one half, whose sub-blocks' scales begin at lane 0 of sc."""
         u0, u1, u2, u3 = us
-        a = chunk_32(u0, q, d, n, s, spread(sc, 0, repeat, 8), spread(mn, 0, repeat, 8), a)
+        a = add_32(u0, q, d, n, s, spread(sc, 0, repeat, 8), spread(mn, 0, repeat, 8), a)
         c = 32
-        b = chunk_32(u1, q + c, d + c, n + c, s + c, spread(sc, c1, repeat, 8), spread(mn, c1, repeat, 8), b)
+        b = add_32(u1, q + c, d + c, n + c, s + c, spread(sc, c1, repeat, 8), spread(mn, c1, repeat, 8), b)
         c = 64
-        a = chunk_32(u2, q + c, d + c, n + c, s + c, spread(sc, c2, repeat, 8), spread(mn, c2, repeat, 8), a)
+        a = add_32(u2, q + c, d + c, n + c, s + c, spread(sc, c2, repeat, 8), spread(mn, c2, repeat, 8), a)
         c = 96
-        b = chunk_32(u3, q + c, d + c, n + c, s + c, spread(sc, c3, repeat, 8), spread(mn, c3, repeat, 8), b)
+        b = add_32(u3, q + c, d + c, n + c, s + c, spread(sc, c3, repeat, 8), spread(mn, c3, repeat, 8), b)
         return a, b
 
     half_sub = n_sub // 2
