@@ -42,7 +42,3 @@ class Graph:
 
     def add(self, node: Node) -> None:
         self.nodes.append(node)
-
-    def readers(self, value: str) -> list[Node]:
-        """Nodes that read a value."""
-        return [node for node in self.nodes if value in node.reads]

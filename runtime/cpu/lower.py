@@ -67,6 +67,14 @@ class _Lowering:
         self.buffers: dict[str, np.ndarray] = {}
         self.dirty: set[str] = set()  # written since the last barrier
         self.busy: set[str] = set()  # read since the last barrier
+        # Of each value: types of the weights that it meets, and whether the node that makes it packs it.
+        self.kinds: dict[str, set[str]] = {}
+        self.prepacked: set[str] = set()
+        for node in graph.nodes:
+            if node.op == "matmul":
+                self.kinds.setdefault(node.reads[0], set()).add(self.kind(node.weight))
+            elif node.op in ("norm", "activate"):
+                self.prepacked.update(node.writes)
         self.scratch_bytes = self._scratch()
         self.buffers["scratch"] = aligned(n_threads * self.scratch_bytes)
         lowerings: dict[str, Callable[[Node], None]] = {
@@ -101,7 +109,7 @@ class _Lowering:
 
     def packed(self, value: str) -> dict[str, int]:
         """Addresses of a packed value's arrays, and which of them its readers need."""
-        kinds = {self.kind(node.weight) for node in self.graph.readers(value) if node.op == "matmul"}
+        kinds = self.kinds.get(value, set())
         out = {"quantised": int(any(k not in FLOATS for k in kinds)), "floats": int(any(k in FLOATS for k in kinds))}
         for want, quantised in (("quantised", True), ("floats", False)):
             if out[want]:
@@ -208,7 +216,7 @@ class _Lowering:
         info = self.file.tensors[node.weight]
         k, n = info.shape[0], info.n_rows
         source = value
-        if not any(value in other.writes and other.op in ("norm", "activate") for other in self.graph.nodes):
+        if value not in self.prepacked:
             source = f"{value}.packed"
             self.pack(value, node)
         packed = {key: at for key, at in self.packed(value).items() if key.startswith("x")}
