@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from hotcold.formats.gguf import GGUFFile
-from hotcold.tools import console, perplexity
+from hotcold.solver import perplexity
+from hotcold.tools import console
 from hotcold.tools.cli import app
 
 
