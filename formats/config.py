@@ -15,6 +15,10 @@ from .gguf_header import show
 
 MAX_INT = 2**31 - 1  # the largest int32: positions and token ids are of that type
 _SCALING_KINDS = ("none", "linear", "yarn")
+# {arch}.hidden_activation -> our name; Hugging Face's spellings are met in files too.
+_ACTIVATIONS = {name: name for name in ("silu", "gelu", "relu", "relu2", "drelu")}
+_ACTIVATIONS |= {"swish": "silu", "gelu_tanh": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+_ACTIVATIONS |= {"relu_squared": "relu2", "relu_sqr": "relu2"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class ModelConfig:
     rope_scaling: RopeScaling
     sliding_window: int  # tokens that a token sees, itself included; 0 = all
     attn_scale: float
-    activation: str
+    activation: str  # of the FFN: silu, gelu (tanh form), relu, relu2 (squared), or drelu (gate and up both)
     qkv_bias: bool
     output_bias: bool  # attn_output.bias
     tied_output: bool  # no output.weight: token_embd.weight serves
@@ -125,7 +129,7 @@ class _Reader:
             rope_scaling=self.rope_scaling(n_ctx_train),
             sliding_window=self.sliding_window(),
             attn_scale=scale or 1.0 / math.sqrt(head_dim_k),
-            activation=row.activation,
+            activation=self.activation(),
             qkv_bias="blk.0.attn_q.bias" in file.tensors,
             output_bias="blk.0.attn_output.bias" in file.tensors,
             tied_output="output.weight" not in file.tensors,
@@ -212,6 +216,14 @@ class _Reader:
             beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0, 1e-6, 1e6),
             beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0, 1e-6, 1e6),
         )
+
+    def activation(self) -> str:
+        """The FFN's activation function: what the file says, or else what the family has."""
+        key = f"{self.row.name}.hidden_activation"
+        said = self.file.get(key, self.row.activation, str)
+        if said not in _ACTIVATIONS:
+            raise self.unsupported(f"{key} = {show(said)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[said]
 
     def sampling(self) -> dict[str, float | int]:
         prefix = "general.sampling."

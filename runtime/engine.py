@@ -15,7 +15,7 @@ from ..formats.gguf import GGUFFile
 from .cpu.layout import KV_BLOCK
 from .cpu.threads import default_threads
 from .decoder import build
-from .executor import CPUExecutor
+from .executor import CPUExecutor, Observer
 from .kv_cache import KVCache, Sequence
 from .memory import available_bytes, total_bytes
 from .parts import parts
@@ -111,6 +111,18 @@ class Engine:
             if kept is not None:
                 kept[part] = logits
         return logits if kept is None else kept
+
+    def observe(self, sequence: Sequence, ids: Seq[int] | np.ndarray, see: Observer) -> None:
+        """Append tokens to a sequence as eval does, and show every layer's FFN at work instead of logits.
+
+        see(layer, x, gate, up) gets float32 views that are valid during the call only: the residual before the FFN's
+        norm [n, n_embd], the raw gate and up projections [n, n_ff], of up to MICRO_BATCH tokens at a time.
+        """
+        self._check_open()
+        tokens = self._tokens(ids)
+        sequence.reserve(len(tokens))
+        for part in parts(len(tokens), MICRO_BATCH):
+            self._executor.run([(sequence, tokens[part])], np.arange(0), see)
 
     def _tokens(self, ids: Seq[int] | np.ndarray) -> np.ndarray:
         tokens = np.asarray(ids)

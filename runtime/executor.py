@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -16,6 +17,10 @@ from .cpu.threads import ThreadPool
 from .graph import Graph
 from .kv_cache import KVCache, Sequence
 from .rope_table import RopeTable
+
+# Called with a layer's number, the residual before its FFN's norm [n_tok, n_embd], and the raw gate and up projections
+# [n_tok, n_ff], all float32 and valid only during the call.
+Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 class CPUExecutor:
@@ -40,6 +45,7 @@ class CPUExecutor:
         self._pool = ThreadPool(walker, n_threads)
         # also when this object is dropped or the interpreter ends: no thread may outlive the buffers
         self._end_threads = weakref.finalize(self, self._pool.close)
+        self._n_embd, self._n_ff = config.n_embd, config.n_ff
         self._tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
         self._tiles = np.zeros((max_tokens, 3), np.int32)
         self._tables = np.zeros(max_tokens, np.int64)
@@ -50,11 +56,13 @@ class CPUExecutor:
         self._step[Step.tables // 8] = self._tables.ctypes.data
         self._logits = self._tape.buffers["logits"].view(np.float32).reshape(-1, config.n_vocab)
 
-    def run(self, batch: Seq[tuple[Sequence, np.ndarray]], outputs: np.ndarray) -> np.ndarray:
+    def run(
+        self, batch: Seq[tuple[Sequence, np.ndarray]], outputs: np.ndarray, see: Observer | None = None
+    ) -> np.ndarray:
         """One step: append each sequence's tokens (int32) and return the logits of the rows `outputs`.
 
         Rows number the batch's tokens in order. Returns float32 [len(outputs), n_vocab], a view that the next run
-        overwrites. The sequences must have reserved their room.
+        overwrites. The sequences must have reserved their room. see: called in the midst of each layer (Observer).
         """
         ids, positions, slots, out_rows = self._tokens
         row = n_tiles = 0
@@ -72,10 +80,39 @@ class CPUExecutor:
         out_rows[: len(outputs)] = outputs
         step = self._step
         step[Step.n_tok // 8], step[Step.n_out // 8], step[Step.n_tiles // 8] = row, len(outputs), n_tiles
-        self._pool.run(self._tape.rows.ctypes.data, len(self._tape.rows), step.ctypes.data)
+        if see is None:
+            self._walk(0, len(self._tape.rows))
+        else:
+            self._walk_by_layer(row, see)
         for sequence, tokens in batch:
             sequence.tokens.extend(tokens.tolist())
         return self._logits[: len(outputs)]
+
+    def _walk(self, first: int, end: int) -> None:
+        rows = self._tape.rows
+        self._pool.run(rows[first:].ctypes.data, end - first, self._step.ctypes.data)
+
+    def _walk_by_layer(self, n_tok: int, see: Observer) -> None:
+        """One step that halts before each FFN's activation."""
+        values = [self._tape.buffers[name].view(np.float32) for name in ("x", "gate", "up")]
+        widths = (self._n_embd, self._n_ff, self._n_ff)
+        ends = [*self._tape.activations, len(self._tape.rows)]
+        begin, layer = 0, 0
+        try:
+            for layer, end in enumerate(ends):
+                self._walk(begin, end)
+                begin = end
+                if end < len(self._tape.rows):
+                    x, gate, up = (
+                        v[: n_tok * width].reshape(n_tok, width) for v, width in zip(values, widths, strict=True)
+                    )
+                    see(layer, x, gate, up)
+        except BaseException:
+            for end in ends[layer:]:  # all rows must have been walked equally often
+                if begin < end:
+                    self._walk(begin, end)
+                    begin = end
+            raise
 
     def close(self) -> None:
         """End the threads; the buffers go with the object."""

@@ -23,7 +23,8 @@ QUANTS = [kind.name for kind in naive.QUANT_TYPES]
 PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # blocks of 32
 FLOATS = [kind.name for kind in naive.FLOAT_TYPES]
 KERNELS = [
-    *("walk", "norm", "pack", "activate:silu", "rope:norm", "rope:neox", "attention"),
+    *("walk", "norm", "pack", "rope:norm", "rope:neox", "attention"),
+    *(f"activate:{name}" for name in naive.ACTIVATIONS),
     *(f"{family}:{kind}" for family in ("matmul", "embed") for kind in TYPES),
 ]
 _GUARD = 256  # bytes on each side of a buffer

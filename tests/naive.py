@@ -6,7 +6,7 @@ The forward pass agrees with llama.cpp to 1e-6 on F32 models, for every rope sca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,27 @@ def silu(x: Array) -> Array:
     return x * 0.5 * (1 + np.tanh(x / 2))
 
 
-def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up."""
-    return silu(gate) * up
+def gelu(x: Array) -> Array:
+    """GELU's tanh form (arXiv:1606.08415, section 2)."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "relu": relu,
+    "relu2": lambda x: relu(x) ** 2,
+    "drelu": relu,
+}
+
+
+def glu(gate: Array, up: Array, activation: str = "silu") -> Array:
+    """act(gate) * up; drelu rectifies both."""
+    return ACTIVATIONS[activation](gate) * (relu(up) if activation == "drelu" else up)
 
 
 @dataclass
@@ -201,6 +219,7 @@ class Model:
     eps: float
     rope: Rope
     window: int
+    activation: str
     tensors: dict[str, Array] = field(repr=False)
     quantised: set[str] = field(repr=False, default_factory=set)
     q8: bool = False
@@ -215,8 +234,7 @@ class Model:
         for layer in range(self.n_layer):
             x = x + self._attention(layer, self._norm(f"blk.{layer}.attn_norm", x))
             h = self._norm(f"blk.{layer}.ffn_norm", x)
-            active = swiglu(self._linear(f"blk.{layer}.ffn_gate", h), self._linear(f"blk.{layer}.ffn_up", h))
-            x = x + self._linear(f"blk.{layer}.ffn_down", active)
+            x = x + self._ffn(layer, h)
         x = self._norm("output_norm", x)
         return self._linear("output" if "output.weight" in self.tensors else "token_embd", x)
 
@@ -228,6 +246,10 @@ class Model:
         if self.kv_f16:
             k, v = (a.astype(np.float16).astype(a.dtype) for a in (k, v))
         return self._linear(name + "output", attention(q, k, v, window=self.window).reshape(n, -1))
+
+    def _ffn(self, layer: int, x: Array) -> Array:
+        gate, up = self._linear(f"blk.{layer}.ffn_gate", x), self._linear(f"blk.{layer}.ffn_up", x)
+        return self._linear(f"blk.{layer}.ffn_down", glu(gate, up, self.activation))
 
     def _norm(self, name: str, x: Array) -> Array:
         return rmsnorm(x, self.tensors[name + ".weight"], self.eps)
@@ -273,6 +295,7 @@ def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16:
             factors=tensors.get("rope_freqs.weight"),
         ),
         window=keys.get(f"{arch}.attention.sliding_window", 0),
+        activation=keys.get(f"{arch}.hidden_activation", "silu"),
         tensors=tensors,
         quantised={t.name for t in reader.tensors if t.tensor_type not in FLOAT_TYPES},
         q8=q8,

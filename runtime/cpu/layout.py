@@ -42,7 +42,7 @@ _PACKED = "xq xd xn xs xf quantised floats"
 MatMul = arguments(
     "MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes"
 )
-Pack = arguments("Pack", f"src second k stride count segment scratch scratch_bytes {_PACKED}")
+Pack = arguments("Pack", f"src second k stride count segment threshold scores cut {_PACKED}")
 Norm = arguments("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")
 Embed = arguments("Embed", "w out k row_bytes")
 Rope = arguments("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")

@@ -41,12 +41,21 @@ _SEGMENT = 512  # activations that a thread packs at a time
 
 
 class Tape:
-    """rows int64 [n, len(Row)] and records int64 [n, _SLOTS], with the buffers that they point into."""
+    """rows int64 [n, len(Row)] and records int64 [n, _SLOTS], with the buffers that they point into.
+
+    activations: by layer, the row that begins its FFN's activation; all before it is done when it is reached.
+    """
 
     def __init__(
-        self, rows: np.ndarray, records: np.ndarray, counts: np.ndarray, buffers: dict[str, np.ndarray]
+        self,
+        rows: np.ndarray,
+        records: np.ndarray,
+        counts: np.ndarray,
+        buffers: dict[str, np.ndarray],
+        activations: list[int],
     ) -> None:
         self.rows, self.records, self.counts, self.buffers = rows, records, counts, buffers
+        self.activations = activations
 
 
 class _Lowering:
@@ -63,6 +72,7 @@ class _Lowering:
         self.graph, self.file, self.config, self.cache = graph, file, config, cache
         self.rope_table, self.n_threads, self.sizes = rope_table, n_threads, sizes
         self.ops: list[tuple[str, dict[str, Any], Any]] = []
+        self.activations: list[int] = []
         self.barriers: list[bool] = []
         self.buffers: dict[str, np.ndarray] = {}
         self.dirty: set[str] = set()  # written since the last barrier
@@ -209,6 +219,7 @@ class _Lowering:
 
     def activate(self, node: Node) -> None:
         gate, up = node.reads
+        self.activations.append(len(self.ops))
         self.pack(node.writes[-1], node, f"activate:{self.config.activation}", self.floats(up), gate)
 
     def matmul(self, node: Node) -> None:
@@ -300,7 +311,7 @@ class _Lowering:
                 records[i, getattr(layout, name) // 8] = value
             rows[i] = kernels[kernel], records[i].ctypes.data, self.barriers[i]
             segment += self.barriers[i]
-        return Tape(rows, records, counts, self.buffers), kernels["walk"]
+        return Tape(rows, records, counts, self.buffers, self.activations), kernels["walk"]
 
 
 def lower(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import TILE_MIN, Pack
-from .loads import f32_at, i64_at, load_f32, put_f32, store, store_dwords
+from .loads import f32_at, f64_at, i64_at, load_f32, put_f32, store, store_dwords
 from .products import TOKENS
-from .simd import hmax, hsum, narrow_i8, part, round_to_i32, splat_f32, splat_i32, to_f32, vabs
+from .simd import hmax, hsum, narrow_i8, part, round_to_i32, splat_f32, splat_i32, to_f32, vabs, where_less
 from .tape import finish, take
 from .tiles import dot4
 from .vector import LANES
-from .vmath import silu
+from .vmath import gate
 from .weights import inline
 
 _tile_min, _tokens, _lanes = TILE_MIN, TOKENS, LANES
@@ -62,16 +62,44 @@ def pack_span(src, begin, end, k, t, n_tok, xq, xd, xn, xs, xf, quantised, float
                 put_f32(xf + ((panel * k + i) * _tokens + lane) * 4, f32_at(src + i * 4))
 
 
+@inline
+def masked(h, a, threshold, scores, cut, n):
+    """h, or 0 where |a|, the activated gate, is below the threshold or the predictor's score is below its cut."""
+    zero = splat_f32(0.0, n)
+    h = where_less(vabs(a), splat_f32(threshold, n), zero, h)
+    if scores != 0:
+        h = where_less(load_f32(scores, n), load_f32(cut, n), zero, h)
+    return h
+
+
 def build(family: str, variant: str) -> Any:
-    """`pack`: src as it is. `activate:silu`: act(src) * second, the gate and up projections."""
+    """`pack`: src as it is. `activate:NAME`: act(src) * second, gate and up; without a second, act(src).
+
+    Neurons that the sparse rules leave out become 0, so that a dense step gives what a sparse one would.
+    """
     args_of = Pack
     activate = family == "activate"
+    act = gate(variant or "relu")
+    both = variant == "drelu"
     lanes = LANES
+
+    @inline
+    def neurons(row, other, scores, cut, threshold, n):
+        a = act(load_f32(row, n), n)
+        h = a
+        if other != 0:
+            u = load_f32(other, n)
+            if both:
+                u = act(u, n)
+            h = a * u
+        return masked(h, a, threshold, scores, cut, n)
 
     def pack(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
         src, second = i64_at(args + args_of.src), i64_at(args + args_of.second)
         k, stride, segment = i64_at(args + args_of.k), i64_at(args + args_of.stride), i64_at(args + args_of.segment)
+        threshold = f64_at(args + args_of.threshold)
+        scores, cut = i64_at(args + args_of.scores), i64_at(args + args_of.cut)
         xq, xd, xn = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xn)
         xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
         quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
@@ -87,13 +115,20 @@ def build(family: str, variant: str) -> Any:
             row = src + t * stride * 4
             if activate:
                 # In place: the gate projection is not needed again.
-                other = second + t * stride * 4
+                other = second + t * stride * 4 if second != 0 else 0
+                score = scores + t * stride * 4 if scores != 0 else 0
                 i = begin
                 while i + lanes <= end:
-                    store(row + i * 4, silu(load_f32(row + i * 4, lanes), lanes) * load_f32(other + i * 4, lanes))
+                    at = i * 4
+                    up = other + at if other != 0 else 0
+                    mask = score + at if score != 0 else 0
+                    store(row + at, neurons(row + at, up, mask, cut + at, threshold, lanes))
                     i += lanes
                 while i < end:
-                    put_f32(row + i * 4, hsum(silu(load_f32(row + i * 4, 1), 1) * load_f32(other + i * 4, 1)))
+                    at = i * 4
+                    up = other + at if other != 0 else 0
+                    mask = score + at if score != 0 else 0
+                    put_f32(row + at, hsum(neurons(row + at, up, mask, cut + at, threshold, 1)))
                     i += 1
             pack_span(row, begin, end, k, t, n_tok, xq, xd, xn, xs, xf, quantised, floats)
             finish(args)

@@ -197,10 +197,11 @@ def fma(typingctx, a, b, c):
 
 @intrinsic
 def where_less(typingctx, a, b, yes, no):
-    """Lane by lane: yes where a < b (i32), else no."""
+    """Lane by lane: yes where a < b, else no (with a NaN too)."""
 
     def codegen(context, bd, sig, args):
-        return bd.select(bd.icmp_signed("<", args[0], args[1]), args[2], args[3])
+        compare = bd.fcmp_ordered if a.elt == "f32" else bd.icmp_signed
+        return bd.select(compare("<", args[0], args[1]), args[2], args[3])
 
     return yes(a, b, yes, no), codegen
 

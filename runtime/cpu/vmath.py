@@ -5,6 +5,8 @@ from __future__ import annotations
 from .simd import as_f32, fma, round_to_i32, shl, splat_f32, splat_i32, to_f32, vdiv, vmax, vmin
 from .weights import inline
 
+ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "drelu")
+
 
 @inline
 def exp(x, n):
@@ -32,3 +34,29 @@ def silu(x, n):
     """x / (1 + e**-x)."""
     one = splat_f32(1.0, n)
     return vdiv(x, one + exp(splat_f32(0.0, n) - x, n))
+
+
+@inline
+def relu(x, n):
+    """max(x, 0)."""
+    return vmax(x, splat_f32(0.0, n))
+
+
+@inline
+def relu2(x, n):
+    """max(x, 0)**2."""
+    y = relu(x, n)
+    return y * y
+
+
+@inline
+def gelu(x, n):
+    """GELU's tanh form, x * sigmoid(2 z) with z = sqrt(2 / pi) (x + 0.044715 x**3) (arXiv:1606.08415, section 2)."""
+    cubic = fma(x * x, splat_f32(0.044715, n), splat_f32(1.0, n))
+    z2 = x * cubic * splat_f32(1.5957691216057308, n)
+    return vdiv(x, splat_f32(1.0, n) + exp(splat_f32(0.0, n) - z2, n))
+
+
+def gate(name):
+    """(x, n) -> act(x) of an activation; drelu rectifies gate and up alike."""
+    return {"silu": silu, "gelu": gelu, "relu": relu, "relu2": relu2, "drelu": relu}[name]

@@ -50,6 +50,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "rope-yarn-attn-factor": {"rope": RopeOptions("yarn", attn_factor=1.3)},
     "rope-factors": {"rope": RopeOptions(freqs=True)},
     "rope-factors-odd": {**ODD_SIZES, "rope": RopeOptions(freqs=True)},
+    **{name: {"metadata": {"llama.hidden_activation": name}} for name in ("gelu", "relu", "relu2", "drelu")},
     "window": {"sliding_window": 7},
     "window-qwen2": {"arch": "qwen2", "sliding_window": 16},
     "window-one": {"sliding_window": 1},

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import RopeOptions
+from tiny import RopeOptions, make_tiny_model
 
 from hotcold.formats.architectures import ARCHITECTURES, lookup
 from hotcold.formats.config import ModelConfig, RopeScaling
@@ -299,3 +299,19 @@ def test_architectures() -> None:
     for name, row in ARCHITECTURES.items():
         assert lookup(name) is row and row.name == name
         assert not set(row.block_required) & set(row.block_optional)
+
+
+@pytest.mark.parametrize(
+    ("said", "activation"),
+    [("relu", "relu"), ("gelu_pytorch_tanh", "gelu"), ("relu_squared", "relu2"), ("swish", "silu")],
+)
+def test_a_file_may_name_its_activation(tmp_path: Path, said: str, activation: str) -> None:
+    path = make_tiny_model(tmp_path / "m.gguf", metadata={"llama.hidden_activation": said})
+    with GGUFFile(path) as file:
+        assert ModelConfig.from_gguf(file).activation == activation
+
+
+def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
+    path = make_tiny_model(tmp_path / "m.gguf", metadata={"llama.hidden_activation": "mish"})
+    with GGUFFile(path) as file, pytest.raises(UnsupportedError, match="hidden_activation = 'mish' is not supported"):
+        ModelConfig.from_gguf(file)
