@@ -9,6 +9,7 @@ HotcoldError
 ├── ContextLengthError     prompt and answer do not fit the context
 ├── ParameterError         an argument out of range (also a ValueError)
 ├── StorageError           a folder or file that cannot be written
+├── SectionError           a section that is not there, is damaged, or belongs to another model
 └── ClosedError            a model used after close()
 """
 
@@ -53,6 +54,10 @@ class ParameterError(HotcoldError, ValueError):
 
 class StorageError(HotcoldError):
     """A folder or file of hotcold's own that cannot be written."""
+
+
+class SectionError(HotcoldError):
+    """A section that is not there, is damaged, or belongs to another model."""
 
 
 class ClosedError(HotcoldError):

@@ -12,15 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ClosedError, FormatError, ModelNotFoundError, UnsupportedError
+from .errors import ClosedError, FormatError, ModelNotFoundError, StorageError, UnsupportedError
+from .file_lock import share
 from .gguf_header import Header, TensorInfo, show
 
 __all__ = ["GGUFFile", "TensorInfo", "show"]
+
+SPAN_ALIGNMENT = 65536  # what Windows asks of a mapping's offset; macOS asks for 16384, Linux for a page
 
 
 class GGUFFile:
     """A GGUF file, its header read and its tensor data mapped.
 
+    span: (offset, length) in bytes of an image inside a larger file, the offset a multiple of SPAN_ALIGNMENT; offsets
+    then count from the image's first byte. While a span is mapped, its file is locked against `claim` (file_lock.py).
     Raises ModelNotFoundError (no such file, or not readable), FormatError (broken) and UnsupportedError (a
     version, byte order or tensor type that is not supported). Source: ggml/docs/gguf.md.
     """
@@ -32,9 +37,9 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], span: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
-        self._map: mmap.mmap | None = _map_file(self.path)
+        self._map: mmap.mmap | None = _map_file(self.path, span)
         self._bytes: NDArray[np.uint8] | None = None
         try:
             header = Header(self.path, self._map)
@@ -130,7 +135,7 @@ class GGUFFile:
         return info
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path, span: tuple[int, int] | None) -> mmap.mmap:
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -138,9 +143,18 @@ def _map_file(path: Path) -> mmap.mmap:
         if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
             raise ModelNotFoundError(f"{path} is not a regular file: name a .gguf file")
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            if span is not None and not share(file.fileno()):  # the mapping duplicates the descriptor, and so the lock
+                raise StorageError(f"{path}: another process is changing it; try again")
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
                 raise FormatError(path, "file size", "0 bytes", "a GGUF file")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if span is None:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            offset, length = span
+            if offset % SPAN_ALIGNMENT or offset < 0 or length < 1 or offset + length > size:
+                wanted = f"a span of its {size} bytes that starts at a multiple of {SPAN_ALIGNMENT}"
+                raise FormatError(path, "image", f"{length} bytes at byte {offset}", wanted)
+            return mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=offset)
     except FileNotFoundError:
         raise ModelNotFoundError(f"{path}: no such file") from None
     except (OSError, ValueError, OverflowError) as error:
