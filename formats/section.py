@@ -304,4 +304,4 @@ def _damaged(image: GGUFFile, footer: Footer | None, names: Iterable[str]) -> li
     if footer is None:
         return []
     sums = dict(zip(image.tensors, footer.sums[1:], strict=True))
-    return [name for name in names if zlib.crc32(memoryview(image.data(name))) != sums[name]]
+    return [name for name in names if zlib.crc32(image.data(name).data) != sums[name]]

@@ -57,7 +57,7 @@ def write_image(path: Path, arch: str, contents: Contents, base_size: int, offse
         sums, length = [zlib.crc32(padding, zlib.crc32(header))], len(header) + len(padding)
         start = length
         for tensor in contents.tensors:
-            data = memoryview(np.ascontiguousarray(tensor.data()).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(tensor.data()).reshape(-1).view(np.uint8).data
             if data.nbytes != tensor.nbytes:
                 raise ParameterError(f"tensor {tensor.name}: got {data.nbytes} bytes, wanted {tensor.nbytes}")
             sums.append(zlib.crc32(data))
