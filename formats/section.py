@@ -6,13 +6,15 @@ section_layout.py says how it lies there, section_file.py writes it. Every part 
 
 from __future__ import annotations
 
+import os
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,15 +162,14 @@ def find_section(model: GGUFFile, config: ModelConfig | None = None) -> Section 
     A truncated or damaged one is warned of in one line and passed over. Raises SectionError (another model's),
     FormatError (shapes that do not fit the model), UnsupportedError. config: the model's, to save reading it again.
     """
-    config = config or ModelConfig.from_gguf(model)
     problems: list[str] = []
     for _ in range(2):  # a writer may move it between the two places while we look
         problems.clear()
-        for read in (_beside, _inside):
+        for path, read in ((sidecar_path(model.path), _beside), (model.path, _inside)):
             try:
-                section = read(model, config)
+                section = read(path, model, config)
             except TornError as error:
-                problems.append(str(error))
+                problems.append(_torn(path, error))
                 continue
             if section is not None:
                 _warn(problems)
@@ -179,107 +180,86 @@ def find_section(model: GGUFFile, config: ModelConfig | None = None) -> Section 
     return None
 
 
-def _warn(problems: list[str]) -> None:
-    for problem in problems:
-        warnings.warn(f"{problem}; it is ignored, and `hotcold detach` takes it away", stacklevel=3)
-
-
 def open_section(path: Path, model: GGUFFile, config: ModelConfig) -> Section:
     """The section in a file of its own; every error is raised."""
     try:
         return _read(path, model, config)
     except TornError as error:
-        raise SectionError(str(error)) from None
+        raise SectionError(_torn(path, error)) from None
 
 
-def _beside(model: GGUFFile, config: ModelConfig) -> Section | None:
-    path = sidecar_path(model.path)
+def attached_footer(model: GGUFFile) -> Footer | None:
+    """The footer of the section at the model's end, None if there is no section; TornError for remains of one."""
+    with _opening(model.path) as file:
+        footer = read_footer(file)
+        end = file.seek(0, os.SEEK_END)
+        if footer is None:
+            file.seek(start_after(own_end(model)))
+            if file.read(4) == b"GGUF":
+                raise TornError("it has no footer")
+        elif footer.offset + footer.size != end or not data_end(model) <= footer.base_size <= footer.offset:
+            raise TornError(f"{footer.size} bytes from byte {footer.offset} do not end at byte {end}")
+    return footer
+
+
+def _torn(path: Path, error: TornError) -> str:
+    return f"{path}: a truncated or damaged section ({' '.join(str(error).split())})"
+
+
+def _warn(problems: list[str]) -> None:
+    for problem in problems:
+        warnings.warn(f"{problem}; it is ignored, and `hotcold detach` takes it away", stacklevel=3)
+
+
+def _beside(path: Path, model: GGUFFile, config: ModelConfig | None) -> Section | None:
     try:
         return _read(path, model, config) if path.exists() else None
     except ModelNotFoundError:  # moved into the model meanwhile
         return None
 
 
-def _inside(model: GGUFFile, config: ModelConfig) -> Section | None:
-    path = model.path
+def _inside(path: Path, model: GGUFFile, config: ModelConfig | None) -> Section | None:
+    footer = attached_footer(model)
     try:
-        with open(path, "rb") as file:
-            footer = _attached_footer(model, file)
-            if footer is None:
-                return None
-            if checksum(file, footer.offset, footer.header) != footer.sums[0]:
-                raise _torn(path, "the header's checksum is wrong")
-        return _open(path, (footer.offset, footer.length), footer, True, model, config)
+        return None if footer is None else _open(path, footer, True, model, config)
     except StorageError:
-        raise _torn(path, "another process is changing it") from None
-    except OSError as error:
-        raise ModelNotFoundError(f"{path} cannot be opened: {error.strerror or error}") from None
+        raise TornError("another process is changing it") from None
 
 
-def attached_footer(model: GGUFFile) -> Footer | None:
-    """The footer of the section at the model's end, None if there is no section; TornError for remains of one."""
-    with open(model.path, "rb") as file:
-        return _attached_footer(model, file)
+def _read(path: Path, model: GGUFFile, config: ModelConfig | None) -> Section:
+    with _opening(path) as file:
+        footer, size = read_footer(file), file.seek(0, os.SEEK_END)
+    if footer is not None and footer.size != size:
+        raise TornError(f"got {size} bytes, wanted {footer.size}")
+    return _open(path, footer, False, model, config)
 
 
-def _attached_footer(model: GGUFFile, file: Any) -> Footer | None:
-    try:
-        footer = read_footer(file)
-    except TornError as error:
-        raise _torn(model.path, str(error)) from None
-    end, start = file.seek(0, 2), start_after(own_end(model))
-    if footer is None:
-        file.seek(start)
-        if file.read(4) == b"GGUF":
-            raise _torn(model.path, "it has no footer")
-        return None
-    if footer.offset + footer.size != end or not data_end(model) <= footer.base_size <= footer.offset:
-        raise _torn(model.path, f"{footer.size} bytes from byte {footer.offset} do not end at byte {end}")
-    return footer
-
-
-def _read(path: Path, model: GGUFFile, config: ModelConfig) -> Section:
+@contextmanager
+def _opening(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            try:
-                footer = read_footer(file)
-            except TornError as error:
-                raise _torn(path, str(error)) from None
-            if footer is not None:
-                if footer.size != size:
-                    raise _torn(path, f"got {size} bytes, wanted {footer.size}")
-                if checksum(file, 0, footer.header) != footer.sums[0]:
-                    raise _torn(path, "the header's checksum is wrong")
+            yield file
     except OSError as error:
         raise ModelNotFoundError(f"{path} cannot be opened: {error.strerror or error}") from None
-    return _open(path, None, footer, False, model, config)
 
 
-def _torn(path: Path, why: str) -> TornError:
-    return TornError(f"{path}: a truncated or damaged section ({' '.join(why.split())})")
-
-
-def _open(
-    path: Path,
-    span: tuple[int, int] | None,
-    footer: Footer | None,
-    attached: bool,
-    model: GGUFFile,
-    config: ModelConfig,
-) -> Section:
+def _open(path: Path, footer: Footer | None, attached: bool, model: GGUFFile, config: ModelConfig | None) -> Section:
+    if footer is not None:  # the header is believed only after its checksum
+        with _opening(path) as file:
+            if checksum(file, footer.offset if attached else 0, footer.header) != footer.sums[0]:
+                raise TornError("the header's checksum is wrong")
     try:
-        image = GGUFFile(path, span)
+        image = GGUFFile(path, (footer.offset, footer.length) if footer and attached else None)
     except FormatError as error:
-        raise _torn(path, f"{error.field}: got {error.got}, wanted {error.wanted}") from None
+        raise TornError(f"{error.field}: got {error.got}, wanted {error.wanted}") from None
     try:
         _belongs(image, model)
         if footer is not None and len(footer.sums) != len(image.tensors) + 1:
-            raise _torn(path, f"{len(footer.sums)} checksums for {len(image.tensors)} tensors")
+            raise TornError(f"{len(footer.sums)} checksums for {len(image.tensors)} tensors")
         small = [info.name for info in image.tensors.values() if info.nbytes <= SMALL]
         for name in _damaged(image, footer, small):
-            raise _torn(path, f"the checksum of {show(name)} is wrong")
-        return Section(image, attached, config, footer)
+            raise TornError(f"the checksum of {show(name)} is wrong")
+        return Section(image, attached, config or ModelConfig.from_gguf(model), footer)
     except BaseException:
         image.close()
         raise

@@ -226,7 +226,7 @@ def _append(path: Path, side: Path, footer: Footer, progress: Progress) -> None:
 
 def _copy(file: BinaryIO, source: BinaryIO, footer: Footer, start: int, end: int, progress: Progress) -> None:
     """Write the bytes start..end of padding, image and zeros for the footer behind the model, and sync them."""
-    padding, total = footer.offset - footer.base_size, footer.offset - footer.base_size + footer.size
+    padding = footer.offset - footer.base_size
     image_end = padding + footer.length
     file.seek(footer.base_size + start)
     file.write(bytes(max(0, min(end, padding) - start)))
@@ -234,7 +234,7 @@ def _copy(file: BinaryIO, source: BinaryIO, footer: Footer, start: int, end: int
         first = max(start - padding, 0)
         for piece in pieces(source, first, min(end, image_end) - padding - first):
             file.write(piece)
-            progress(f"writing {Path(file.name).name}", file.tell() - footer.base_size, total)
+            progress("attaching the section", source.tell(), footer.length)
     file.write(bytes(max(0, end - max(start, image_end))))
     file.flush()
     os.fsync(file.fileno())

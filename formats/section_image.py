@@ -64,7 +64,7 @@ def write_image(path: Path, arch: str, contents: Contents, base_size: int, offse
             file.write(data)
             file.write(bytes(-data.nbytes % _ALIGNMENT))
             length += data.nbytes + -data.nbytes % _ALIGNMENT
-            progress(f"writing {path.name}", length - start, total)
+            progress("writing the section", length - start, total)
         footer = Footer(length, start, base_size, offset, tuple(sums))
         file.write(footer.pack())
         file.flush()

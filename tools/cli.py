@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..formats.errors import HotcoldError
-from . import bench, chat, perplexity, pull, run, show, synthetic
+from . import bench, chat, perplexity, pull, run, section, show, synthetic
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
@@ -78,6 +78,9 @@ app.command("chat")(chat.chat)
 app.command("run")(run.run)
 app.command("pull")(pull.pull)
 app.command("inspect")(show.inspect)
+app.command("section")(section.section)
+app.command("attach")(section.attach)
+app.command("detach")(section.detach)
 app.command("bench")(bench.bench)
 app.command("perplexity")(perplexity.perplexity)
 app.command("synthesize")(synthetic.synthesize)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from . import console, options
+from . import console, options, section
 from .console import human_bytes, printable
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def describe_file(gguf: GGUFFile) -> dict[str, Any]:
         "alignment": gguf.alignment,
         "parameters": parameter_count(gguf),
         "bits_per_weight": round(bits_per_weight(gguf), 3),
+        "section": section.brief(gguf),
         "types": {name: {"tensors": count, "bytes": size} for name, (count, size) in type_totals(gguf).items()},
         "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
         "tensors": [
@@ -95,6 +96,8 @@ def _print(report: dict[str, Any]) -> None:
         f"GGUF version {report['version']}, {human_bytes(report['file_bytes'])}, "
         f"{report['parameters'] / 1e6:.1f} M parameters, {report['bits_per_weight']:.2f} bits per weight"
     )
+    if report["section"]:
+        print(f"Section: {printable(report['section'])}; `hotcold section` shows it")
     print("\nMetadata")
     width = max((len(key) for key in report["metadata"]), default=0)
     for key, value in report["metadata"].items():
