@@ -1,0 +1,124 @@
+"""Thresholds on |act(gate)| by layer, for a wanted density: which neurons a model can do without.
+
+One pass over real text keeps, for each layer, a histogram of |act(gate)| and of the error that dropping costs; any
+number of densities is then read off it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .corpus import N_CTX, Corpus
+from .neurons import ACTIVATIONS, Rule, hidden
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine
+
+DENSITIES = (0.7, 0.5, 0.4, 0.3)
+# A bin is a float32's exponent and the first 8 bits of its fraction: steps of at most 0.4 %, in order of size.
+_SHIFT = 15
+_BINS = 1 << 16
+_BISECTIONS = 60
+
+
+@dataclass
+class Histograms:
+    """Over all tokens: count[layer, bin] of neurons, and error[layer, bin], the squared error of dropping them.
+
+    The error of one neuron is (h |down_j|)^2 over the mean square of the token's residual, as if the columns of
+    ffn_down were orthogonal.
+    """
+
+    count: np.ndarray
+    error: np.ndarray
+    tokens: int = 0
+
+
+def collect(
+    engine: Engine,
+    corpus: Corpus,
+    down_norms: np.ndarray,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Histograms:
+    """Run the corpus; down_norms: float32 [n_layer, n_ff], the length of each neuron's column of ffn_down."""
+    config = engine.config
+    found = Histograms(np.zeros((config.n_layer, _BINS), np.int64), np.zeros((config.n_layer, _BINS)))
+
+    def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
+        size = np.abs(ACTIVATIONS[config.activation](gate))
+        bins = (np.ascontiguousarray(size, np.float32).view(np.uint32) >> _SHIFT).ravel()
+        found.count[layer] += np.bincount(bins, minlength=_BINS)
+        error = np.square(hidden(config.activation, gate, up) * down_norms[layer])
+        error /= np.square(x).mean(axis=1, keepdims=True) + np.float32(1e-12)
+        found.error[layer] += np.bincount(bins, error.ravel(), _BINS)
+
+    for window in corpus.windows(min(N_CTX, engine.n_ctx)):
+        sequence = engine.new_sequence()
+        try:
+            engine.observe(sequence, window, see)
+        finally:
+            sequence.close()
+        found.tokens += len(window)
+        progress(found.tokens)
+    return found
+
+
+def equal(found: Histograms, density: float) -> np.ndarray:
+    """Thresholds float32 [n_layer] that leave every layer `density` of its neurons."""
+    below = np.cumsum(found.count, axis=1)
+    dropped = (1 - density) * below[:, -1:]
+    return _edges((below < dropped).sum(axis=1) + _nearer(below, dropped))
+
+
+def _nearer(below: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """1 where dropping the bin at the quantile too comes nearer to what is wanted, else 0."""
+    at = (below < wanted).sum(axis=1, keepdims=True)
+    low = np.where(at > 0, np.take_along_axis(below, np.maximum(at - 1, 0), axis=1), 0)
+    high = np.take_along_axis(below, at, axis=1)
+    return (high - wanted < wanted - low)[:, 0].astype(np.int64)
+
+
+def cheapest(found: Histograms, density: float) -> np.ndarray:
+    """Thresholds float32 [n_layer] of that mean density over all layers with the least error in all.
+
+    Every layer minimises error + price * neurons kept, with one price for all, found by bisection.
+    """
+    total = found.count.sum(axis=1, keepdims=True)
+    zero = np.zeros((len(total), 1))
+    kept = np.hstack([total, total - np.cumsum(found.count, axis=1)])  # kept[:, k]: with the first k bins dropped
+    error = np.hstack([zero, np.cumsum(found.error, axis=1)])
+    low, high = 0.0, float(error[:, -1].max()) + 1.0
+    for _ in range(_BISECTIONS):
+        price = np.sqrt(low * high) if low > 0 else high / 2**20
+        first = np.argmin(error + price * kept, axis=1)
+        share = np.take_along_axis(kept, first[:, None], axis=1).sum() / total.sum()
+        low, high = (price, high) if share > density else (low, price)
+    return _edges(np.argmin(error + high * kept, axis=1))
+
+
+def _edges(first: np.ndarray) -> np.ndarray:
+    """The thresholds that drop all bins before `first` [n_layer]: the largest float32 below that bin, at least 0."""
+    edges = (np.minimum(first, (0x7F800000 >> _SHIFT) - 1).astype(np.uint32) << np.uint32(_SHIFT)).view(np.float32)
+    return np.maximum(np.nextafter(edges, np.float32(-1)), np.float32(0))
+
+
+def densities(found: Histograms, thresholds: np.ndarray) -> np.ndarray:
+    """The share of neurons that these thresholds leave, by layer: float64 [n_layer]; exact for ours."""
+    first = (np.asarray(thresholds, np.float32).view(np.uint32) >> _SHIFT) + 1
+    kept = np.cumsum(found.count[:, ::-1], axis=1)[:, ::-1]
+    share: np.ndarray = np.take_along_axis(kept, first[:, None].astype(np.int64), axis=1)[:, 0]
+    return share / np.maximum(1, found.count.sum(axis=1))
+
+
+def rule(found: Histograms, activation: str, density: float) -> Rule:
+    """The threshold rule of one density."""
+    return Rule(activation, density, cheapest(found, density))
+
+
+def table(found: Histograms, wanted: Sequence[float], how: Callable[[Histograms, float], np.ndarray]) -> np.ndarray:
+    """Thresholds float32 [n_densities, n_layer] by one of the two ways above."""
+    return np.array([how(found, density) for density in wanted], np.float32)
