@@ -10,6 +10,7 @@ HotcoldError
 ├── ParameterError         an argument out of range (also a ValueError)
 ├── StorageError           a folder or file that cannot be written
 ├── SectionError           a section that is not there, is damaged, or belongs to another model
+├── TrainingError          a training whose losses are no numbers
 └── ClosedError            a model used after close()
 """
 
@@ -58,6 +59,10 @@ class StorageError(HotcoldError):
 
 class SectionError(HotcoldError):
     """A section that is not there, is damaged, or belongs to another model."""
+
+
+class TrainingError(HotcoldError):
+    """A training whose losses are no numbers any more."""
 
 
 class ClosedError(HotcoldError):

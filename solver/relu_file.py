@@ -1,0 +1,143 @@
+"""The file that `hotcold relufy` writes: the source's, with other FFN matrices and a note of how they were made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..formats.config import ModelConfig
+from ..formats.errors import ParameterError, StorageError
+from ..formats.gguf import GGUFFile
+from ..formats.types import GGMLType
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# What gguf's Python package encodes.
+TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+PARTS = ("gate", "up", "down")
+Weights = Callable[[int], Mapping[str, np.ndarray]]
+
+
+def choose_type(source: GGUFFile, config: ModelConfig, name: str | None) -> GGMLType:
+    """The type of the new FFN matrices: the named one, or the source's own, or Q8_0 where that cannot be encoded.
+
+    ParameterError: a type that cannot be encoded, or whose blocks do not divide the rows.
+    """
+    if name is None:
+        own = source.tensors["blk.0.ffn_gate.weight"].type.name
+        name = own if own in TYPES else "Q8_0"
+    elif name.upper() not in TYPES:
+        raise ParameterError(f"--type: got {name!r}, wanted one of {', '.join(TYPES)}")
+    kind = GGMLType[name.upper()]
+    for size, value in (("n_embd", config.n_embd), ("n_ff", config.n_ff)):
+        if value % kind.block_size:
+            wanted = f"a type whose blocks divide {size} = {value}, such as F16"
+            raise ParameterError(f"--type: got {kind.name} (blocks of {kind.block_size}), wanted {wanted}")
+    return kind
+
+
+def encode(weights: np.ndarray, kind: GGMLType) -> np.ndarray:
+    """float32 [n_rows, n_cols] as raw rows of a type in TYPES, uint8 [n_rows, bytes of a row]."""
+    from gguf import GGMLQuantizationType, quants
+
+    raw = quants.quantize(np.ascontiguousarray(weights, np.float32), GGMLQuantizationType(kind))
+    return np.ascontiguousarray(raw).view(np.uint8).reshape(len(weights), -1)
+
+
+def write(
+    source: GGUFFile, config: ModelConfig, out: Path, kind: GGMLType, weights: Weights, notes: Mapping[str, Any]
+) -> None:
+    """Write the source with new FFN matrices: weights(layer) gives gate and up [n_ff, n_embd], down [n_embd, n_ff].
+
+    All other tensors are copied byte for byte; `notes` (str, int, float or list of str) are added to the metadata.
+    A failed or interrupted run leaves nothing behind. Raises StorageError.
+    """
+    from gguf import GGUFWriter
+
+    partial = out.with_name(f"{out.name}.part")
+    try:
+        writer = GGUFWriter(partial, config.arch)
+        try:
+            writer.data_alignment = source.alignment
+            _write_metadata(writer, source, config, kind, notes)
+            _write_tensor_list(writer, source, kind)
+            for data in _tensor_data(source, kind, weights):
+                writer.write_tensor_data(data)
+        finally:
+            writer.close()
+        os.replace(partial, out)
+    except OSError as exc:
+        raise StorageError(f"{out}: {exc.strerror or exc}; name a file that can be written there") from exc
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _is_ffn(name: str) -> bool:
+    return name.startswith("blk.") and name.endswith(tuple(f".ffn_{part}.weight" for part in PARTS))
+
+
+def _write_metadata(
+    writer: GGUFWriter, source: GGUFFile, config: ModelConfig, kind: GGMLType, notes: Mapping[str, Any]
+) -> None:
+    from gguf import GGUFReader, GGUFValueType, LlamaFileType
+
+    file_type = "ALL_F32" if kind == GGMLType.F32 else f"MOSTLY_{kind.name}"
+    own: dict[str, Any] = {
+        f"{config.arch}.hidden_activation": "relu",
+        "general.name": f"{config.name} ReLU",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": config.name,
+        "general.file_type": int(LlamaFileType[file_type]),
+        **notes,
+    }
+    if kind.block_size > 1:
+        own["general.quantization_version"] = 2
+    replaced = (*own, "general.architecture", "general.alignment", "general.base_model.")
+    # Through gguf's reader, which keeps the exact type of each value.
+    for name, field in GGUFReader(source.path).fields.items():
+        if name.startswith("GGUF.") or name in replaced or name.startswith(replaced[-1]):
+            continue
+        kinds = field.types
+        writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    if source.alignment != 32:
+        writer.add_custom_alignment(source.alignment)
+    types = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    for name, value in own.items():
+        if isinstance(value, list):
+            writer.add_key_value(name, value, GGUFValueType.ARRAY, GGUFValueType.STRING)
+        else:
+            writer.add_key_value(name, value, types[type(value)])
+
+
+def _write_tensor_list(writer: GGUFWriter, source: GGUFFile, kind: GGMLType) -> None:
+    """Write everything before the tensor data."""
+    from gguf import GGMLQuantizationType
+
+    for name, info in source.tensors.items():
+        use = kind if _is_ffn(name) else info.type
+        row_bytes = info.shape[0] // use.block_size * use.type_size
+        dims = [*info.shape[:0:-1], row_bytes]
+        n_bytes = info.n_rows * row_bytes
+        writer.add_tensor_info(name, dims, np.dtype(np.uint8), n_bytes, GGMLQuantizationType(use))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _tensor_data(source: GGUFFile, kind: GGMLType, weights: Weights) -> Iterator[np.ndarray]:
+    layer, found = -1, dict[str, np.ndarray]()
+    for name in source.tensors:
+        if not _is_ffn(name):
+            yield source.data(name)
+            continue
+        _, number, part, _ = name.split(".")
+        if int(number) != layer:
+            layer, found = int(number), dict(weights(int(number)))
+        yield encode(found[part.removeprefix("ffn_")], kind)

@@ -1,0 +1,287 @@
+"""Turn a SwiGLU or GeGLU model into a ReLU model: train its FFNs against itself, resumably, and write the new file.
+
+First each layer in turn, on the student's own inputs, so that the residual after it meets the teacher's; then all
+layers together, so that the student's next-token distribution meets the teacher's at the wanted density.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..formats.config import ModelConfig
+from ..formats.errors import ParameterError, StorageError, UnsupportedError
+from ..formats.gguf import GGUFFile
+from ..formats.types import GGMLType
+from . import relu_file
+from .corpus import Corpus
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from .distill import Ffn, Student
+
+WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost time
+HELD_OUT = 16  # windows that are never trained on
+MIN_WINDOWS = 64
+SAVES = 20  # of the training of all layers together
+TRAINED = ("silu", "gelu")
+_FORMAT = 1  # of the work folder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long to train, and for what.
+
+    tokens and epochs: text of the layers in turn; polish: tokens of all layers together (0 leaves that out);
+    density: mean share of active neurons to reach.
+    """
+
+    tokens: int = 131072
+    epochs: int = 3
+    polish: int = 819200
+    density: float = 0.33
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = MIN_WINDOWS * WINDOW
+        for name, low in (("tokens", least), ("epochs", 1), ("polish", 0), ("seed", 0)):
+            if (got := getattr(self, name)) < low:
+                raise ParameterError(f"{name}: got {got}, wanted at least {low}")
+        if not 0.01 <= self.density <= 1.0:
+            raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was made, measured on the held-out windows in the training's arithmetic."""
+
+    teacher_perplexity: float
+    perplexity: float
+    densities: list[float]  # by layer
+
+    @property
+    def density(self) -> float:
+        return sum(self.densities) / len(self.densities)
+
+
+Say = Callable[[str], None]
+Advance = Callable[[str, int, int], None]  # what, done, of
+
+
+def relufy(
+    source: GGUFFile, corpus: Corpus, out: Path, recipe: Recipe, kind: GGMLType, say: Say, advance: Advance
+) -> Report:
+    """Train and write OUT; work is kept in `OUT.relufy/` until then, and taken up from there by the next call.
+
+    UnsupportedError: no PyTorch, or a model that is ReLU already; ParameterError: too little text; TrainingError:
+    losses that are no numbers; StorageError: OUT or its folder cannot be written.
+    """
+    config = ModelConfig.from_gguf(source)
+    check(config, corpus, out)
+    require_torch()
+    work = Work(out, source, corpus, recipe)
+    with work.locked():
+        if work.begin():
+            say(f"going on with the work kept in {work.folder}")
+        student, report = _train(source, config, corpus, recipe, work, say, advance)
+        notes = _notes(corpus, recipe)
+        relu_file.write(source, config, out, kind, lambda layer: _arrays(student.ffns[layer]), notes)
+        work.drop()
+    return report
+
+
+def check(config: ModelConfig, corpus: Corpus, out: Path) -> None:
+    """Raise what can be raised before hours of work."""
+    if config.activation not in TRAINED:
+        wanted = " or ".join(TRAINED)
+        raise UnsupportedError(f"{config.name}: its activation is {config.activation} already, wanted {wanted}")
+    least = (MIN_WINDOWS + HELD_OUT) * WINDOW
+    if len(corpus) < least:
+        raise ParameterError(f"{corpus.name}: got {len(corpus)} tokens, wanted at least {least}, better 300000")
+    if out.is_dir() or not out.parent.is_dir():
+        raise StorageError(f"{out}: {'a folder' if out.is_dir() else 'no such folder'}; name a file to write")
+
+
+def require_torch(n_threads: int | None = None) -> None:
+    """Set the number of PyTorch's threads (None: its own choice); UnsupportedError without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError("training needs PyTorch: pip install 'hotcold[train]'") from None
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
+
+
+class Work:
+    """A folder beside OUT that keeps what was trained, for equal model, text and recipe."""
+
+    def __init__(self, out: Path, source: GGUFFile, corpus: Corpus, recipe: Recipe) -> None:
+        self.out, self.folder = out, out.with_name(f"{out.name}.relufy")
+        with open(source.path, "rb") as file:
+            model = hashlib.sha256()
+            while block := file.read(1 << 24):
+                model.update(block)
+        self.settings = {"format": _FORMAT, "model": model.hexdigest(), "text": corpus.digest, **asdict(recipe)}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that makes OUT; StorageError if another one does."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.out.with_name(f".{self.folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StorageError(f"{self.out}: another process is making it") from None
+        except OSError as exc:
+            raise StorageError(f"{self.out}: {exc.strerror or exc}; name a file that can be written there") from exc
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self) -> bool:
+        """Make the folder; True if it is there with work of the same settings, other work is thrown away."""
+        note = self.folder / "settings.json"
+        try:
+            if json.loads(note.read_text(encoding="utf-8")) == self.settings:
+                return any(self.folder.glob("*.pt"))
+        except (OSError, ValueError):
+            pass
+        self.drop()
+        try:
+            self.folder.mkdir()
+            note.write_text(json.dumps(self.settings), encoding="utf-8")
+        except OSError as exc:
+            raise StorageError(f"{self.folder}: {exc.strerror or exc}; name a file that can be written") from exc
+        return False
+
+    def load(self, name: str) -> Any:
+        """What `save` kept under this name, or None."""
+        import torch
+
+        try:
+            return torch.load(self.folder / f"{name}.pt", weights_only=True)
+        except FileNotFoundError:
+            return None
+
+    def save(self, name: str, value: Any) -> None:
+        """Keep tensors and numbers under a name; whole, or not at all."""
+        import torch
+
+        partial = self.folder / f"{name}.part"
+        try:
+            torch.save(value, partial)
+            os.replace(partial, self.folder / f"{name}.pt")
+        except (OSError, RuntimeError) as exc:  # a full disk is a RuntimeError of PyTorch's writer
+            raise StorageError(f"{self.folder}: cannot be written: {exc}") from exc
+
+    def drop(self) -> None:
+        """Remove the folder, if it is one of ours."""
+        if (self.folder / "settings.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _train(
+    source: GGUFFile, config: ModelConfig, corpus: Corpus, recipe: Recipe, work: Work, say: Say, advance: Advance
+) -> tuple[Student, Report]:
+    import torch
+
+    from .distill import Student
+    from .torch_model import TorchModel, fastest_dtype
+
+    windows = torch.from_numpy(_windows(corpus, recipe.seed)).long()
+    held_out, windows = windows[:HELD_OUT], windows[HELD_OUT:]
+    kept = work.load("dtype")  # the two types differ in their last digits, and a machine's speed may change
+    dtype = getattr(torch, kept) if kept else fastest_dtype()
+    work.save("dtype", str(dtype).removeprefix("torch."))
+    student = Student(TorchModel(source, config, WINDOW, dtype), [])
+    teacher_perplexity, _ = student.evaluate(held_out)
+    say(f"teacher: perplexity {teacher_perplexity:.2f} on {held_out.numel()} held-out tokens")
+    _in_turn(student, windows[: recipe.tokens // WINDOW], held_out, recipe, work, say, advance)
+    if recipe.polish:
+        _together(student, windows, held_out, recipe, work, say, advance)
+    perplexity, densities = student.evaluate(held_out)
+    return student, Report(teacher_perplexity, perplexity, densities)
+
+
+def _windows(corpus: Corpus, seed: int) -> np.ndarray:
+    """All whole windows of the text, shuffled; int32 [n, WINDOW]."""
+    import numpy as np
+
+    windows = corpus.ids[: len(corpus) // WINDOW * WINDOW].reshape(-1, WINDOW).copy()
+    if corpus.bos is not None:
+        windows[:, 0] = corpus.bos
+    return np.random.default_rng(seed).permutation(windows)
+
+
+def _in_turn(
+    student: Student, windows: Tensor, held_out: Tensor, recipe: Recipe, work: Work, say: Say, advance: Advance
+) -> None:
+    """Train layer after layer; those that are kept already are only walked through."""
+    from .distill import Ffn, Sequential
+
+    n_layer = student.teacher.config.n_layer
+    kept = [work.load(f"layer-{layer}") for layer in range(n_layer)]
+    whole = work.load("together") is not None  # then nobody needs the residual streams
+    streams = None if whole else Sequential(student.teacher, windows)
+    for layer in range(n_layer):
+        if streams is not None and (layer + 1 < n_layer or kept[layer] is None):
+            advance(f"layer {layer}: attention", layer, n_layer)
+            streams.attend()
+        if kept[layer] is not None:
+            student.ffns.append(Ffn(*kept[layer]))
+        elif streams is not None:
+            result = streams.train(recipe.density, recipe.epochs, recipe.seed, partial(advance, f"layer {layer}"))
+            work.save(f"layer-{layer}", [tensor.detach() for tensor in result.ffn.tensors()])
+            student.ffns.append(result.ffn)
+            perplexity, densities = student.evaluate(held_out)
+            error = f"error {result.error:.3f}, held-out perplexity {perplexity:.2f}"
+            say(f"layer {layer} of 0-{n_layer - 1}: {densities[-1]:.1%} active, {error}")
+        if streams is not None and layer + 1 < n_layer:
+            streams.pass_through(student.ffns[-1])
+
+
+def _together(
+    student: Student, windows: Tensor, held_out: Tensor, recipe: Recipe, work: Work, say: Say, advance: Advance
+) -> None:
+    """Train all layers at once; kept some twenty times on the way."""
+    from .distill import Together
+
+    training = Together(student, windows, recipe.polish, recipe.density, recipe.seed)
+    if (state := work.load("together")) is not None:
+        training.load(state)
+    every = -(-training.steps // SAVES)
+    while training.done < training.steps:
+        divergence, density = training.step()
+        advance(f"all layers: {divergence:.3f} nats, {density:.1%} active", training.done, training.steps)
+        if training.done % every == 0 or training.done == training.steps:
+            work.save("together", training.state())
+            perplexity, densities = student.evaluate(held_out)
+            mean = sum(densities) / len(densities)
+            at = f"step {training.done} of {training.steps}"
+            say(f"all layers, {at}: {mean:.1%} active, held-out perplexity {perplexity:.2f}")
+
+
+def _arrays(ffn: Ffn) -> Mapping[str, np.ndarray]:
+    return {part: tensor.detach().numpy() for part, tensor in zip(relu_file.PARTS, ffn.tensors(), strict=True)}
+
+
+def _notes(corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
+    """What the file says of its making."""
+    made = f"{recipe.tokens} tokens x {recipe.epochs} epochs layer by layer, {recipe.polish} tokens all layers together"
+    return {
+        "general.description": f"FFNs retrained with ReLU by hotcold relufy on {corpus.name}: {made}",
+        "hotcold.relufy.texts": corpus.name.split(", "),
+        **{f"hotcold.relufy.{name}": value for name, value in asdict(recipe).items()},
+    }
