@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..formats.errors import HotcoldError
-from . import bench, chat, perplexity, profile, pull, run, section, show, synthetic
+from . import bench, chat, perplexity, profile, pull, relufy, run, section, show, synthetic
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
@@ -84,6 +84,7 @@ app.command("detach")(section.detach)
 app.command("bench")(bench.bench)
 app.command("perplexity")(perplexity.perplexity)
 app.command("profile")(profile.profile)
+app.command("relufy")(relufy.relufy)
 app.command("synthesize")(synthetic.synthesize)
 
 
