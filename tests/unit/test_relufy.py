@@ -1,0 +1,211 @@
+"""relufy without PyTorch: arguments, the work folder, and the file that is written from given matrices."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import naive
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize
+from typer.testing import CliRunner
+
+from hotcold.formats.config import ModelConfig
+from hotcold.formats.errors import ParameterError, StorageError, UnsupportedError
+from hotcold.formats.gguf import GGUFFile
+from hotcold.formats.types import GGMLType
+from hotcold.solver import relu_file, relufy
+from hotcold.solver.corpus import Corpus
+from hotcold.tools.cli import app
+
+Make = Callable[..., Path]
+NOTES = {"general.description": "made for a test", "hotcold.relufy.tokens": 5, "hotcold.relufy.texts": ["a", "b"]}
+N_TOKENS = (relufy.MIN_WINDOWS + relufy.HELD_OUT) * relufy.WINDOW
+
+
+def new_weights(config: ModelConfig, seed: int = 0) -> list[Mapping[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    shapes = {"gate": (config.n_ff, config.n_embd), "up": (config.n_ff, config.n_embd)}
+    shapes["down"] = (config.n_embd, config.n_ff)
+    return [
+        {part: rng.normal(0, 0.1, shape).astype(np.float32) for part, shape in shapes.items()}
+        for _ in range(config.n_layer)
+    ]
+
+
+def written(source: Path, out: Path, kind: GGMLType, notes: Mapping[str, Any] = NOTES) -> list[Mapping[str, np.ndarray]]:
+    with GGUFFile(source) as file:
+        config = ModelConfig.from_gguf(file)
+        weights = new_weights(config)
+        relu_file.write(file, config, out, kind, lambda layer: weights[layer], notes)
+    return weights
+
+
+def corpus(n_tokens: int, name: str = "text.txt") -> Corpus:
+    return Corpus(name, np.arange(n_tokens, dtype=np.int32) % 250, None)
+
+
+@pytest.mark.parametrize("name", relu_file.TYPES)
+def test_new_matrices_are_written_and_all_else_is_copied(tiny_model: Make, tmp_path: Path, name: str) -> None:
+    source, out = tiny_model(qtype="Q8_0", biases=True), tmp_path / "out.gguf"
+    weights = written(source, out, GGMLType[name])
+    before = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
+    after = {tensor.name: tensor for tensor in GGUFReader(out).tensors}
+    assert list(after) == list(before)
+    steps = {"F32": 0.0, "F16": 1e-3, "BF16": 8e-3, "Q8_0": 1e-2}
+    for tensor in after.values():
+        if ".ffn_" in tensor.name and "norm" not in tensor.name:
+            _, layer, part, _ = tensor.name.split(".")
+            wanted = weights[int(layer)][part.removeprefix("ffn_")]
+            got = dequantize(tensor.data, tensor.tensor_type).reshape(wanted.shape)
+            assert tensor.tensor_type == GGMLQuantizationType[name]
+            assert np.abs(got - wanted).max() <= steps.get(name, 0.15) * np.abs(wanted).max()
+        else:
+            assert tensor.tensor_type == before[tensor.name].tensor_type
+            assert tensor.data.tobytes() == before[tensor.name].data.tobytes()
+
+
+def test_metadata_is_kept_and_says_how_the_file_was_made(tiny_model: Make, tmp_path: Path) -> None:
+    source, out = tiny_model(metadata={"general.base_model.0.name": "older", "some.flag": True}), tmp_path / "out.gguf"
+    written(source, out, GGMLType.Q8_0)
+    with GGUFFile(source) as before, GGUFFile(out) as after:
+        changed = {"general.name", "general.base_model.0.name", "general.file_type"}
+        for key, value in before.metadata.items():
+            if key not in changed:
+                assert np.array_equal(after.metadata[key], value), key
+        assert after.get("general.name") == "tiny ReLU"
+        assert after.get("general.base_model.0.name") == "tiny"
+        assert after.get("general.base_model.count") == 1
+        assert after.get("general.file_type") == 7  # llama.cpp: mostly Q8_0
+        assert after.get("general.quantization_version") == 2
+        assert {key: after.metadata[key] for key in NOTES} == NOTES
+        assert ModelConfig.from_gguf(before).activation == "silu"
+        assert ModelConfig.from_gguf(after).activation == "relu"
+
+
+def test_the_file_is_read_as_a_relu_model(tiny_model: Make, tmp_path: Path) -> None:
+    """With the source's own matrices, the oracle's logits change by the activation alone."""
+    source, out = tiny_model(), tmp_path / "out.gguf"
+    with GGUFFile(source) as file:
+        config = ModelConfig.from_gguf(file)
+
+        def own(layer: int) -> dict[str, np.ndarray]:
+            return {part: file.dequantized(f"blk.{layer}.ffn_{part}.weight") for part in relu_file.PARTS}
+
+        relu_file.write(file, config, out, GGMLType.F32, own, NOTES)
+    silu = naive.load(source)
+    got, before = naive.forward(out, [1, 5, 9]), silu.forward([1, 5, 9])
+    silu.activation = "relu"
+    assert np.array_equal(got, silu.forward([1, 5, 9]))
+    assert np.abs(got - before).max() > 0.01
+
+
+def test_a_failed_write_leaves_nothing(tiny_model: Make, tmp_path: Path) -> None:
+    def fail(layer: int) -> dict[str, np.ndarray]:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out.gguf"
+    with GGUFFile(tiny_model()) as file, pytest.raises(StorageError, match="No space left"):
+        relu_file.write(file, ModelConfig.from_gguf(file), out, GGMLType.F32, fail, NOTES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_types(tiny_model: Make) -> None:
+    def choose(qtype: str, name: str | None = None, **options: Any) -> str:
+        with GGUFFile(tiny_model(qtype=qtype, **options)) as file:
+            return relu_file.choose_type(file, ModelConfig.from_gguf(file), name).name
+
+    assert choose("Q4_0") == "Q4_0"
+    assert choose("F16", "q5_1") == "Q5_1"
+    assert choose("Q4_K", n_embd=256, n_ff=256, n_head_kv=4) == "Q8_0"
+    with pytest.raises(ParameterError, match="got 'Q4_K', wanted one of F32, F16, BF16, Q4_0"):
+        choose("F32", "Q4_K")
+    with pytest.raises(ParameterError, match="n_ff = 80, such as F16"):
+        choose("F32", "Q8_0", n_ff=80)
+
+
+@pytest.mark.parametrize(
+    "options", [{"tokens": 100}, {"epochs": 0}, {"polish": -1}, {"seed": -1}, {"density": 0.0}, {"density": 1.5}]
+)
+def test_recipes_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError, match=f"{next(iter(options))}: got"):
+        relufy.Recipe(**options)
+
+
+def test_what_cannot_be_done_is_said_first(tiny_model: Make, tmp_path: Path) -> None:
+    with GGUFFile(tiny_model()) as file, GGUFFile(tiny_model(metadata={"llama.hidden_activation": "relu"})) as relu:
+        config, out = ModelConfig.from_gguf(file), tmp_path / "out.gguf"
+        relufy.check(config, corpus(N_TOKENS), out)
+        with pytest.raises(UnsupportedError, match="relu already"):
+            relufy.check(ModelConfig.from_gguf(relu), corpus(N_TOKENS), out)
+    with pytest.raises(ParameterError, match=f"text.txt: got {N_TOKENS - 1} tokens, wanted at least {N_TOKENS}"):
+        relufy.check(config, corpus(N_TOKENS - 1), out)
+    with pytest.raises(StorageError, match="a folder"):
+        relufy.check(config, corpus(N_TOKENS), tmp_path)
+    with pytest.raises(StorageError, match="no such folder"):
+        relufy.check(config, corpus(N_TOKENS), tmp_path / "no" / "out.gguf")
+
+
+def test_work_is_kept_for_equal_settings_only(tiny_model: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+
+    def begin(model: Path, text: Corpus, recipe: relufy.Recipe) -> bool:
+        with GGUFFile(model) as file:
+            work = relufy.Work(out, file, text, recipe)
+            with work.locked():
+                return work.begin()
+
+    folder, text, recipe = tmp_path / "out.gguf.relufy", corpus(N_TOKENS), relufy.Recipe()
+    for other in (
+        (tiny_model(seed=1), text, recipe),
+        (tiny_model(), corpus(N_TOKENS + 1), recipe),
+        (tiny_model(), text, relufy.Recipe(density=0.3)),
+        (tiny_model(), text, recipe),
+    ):
+        assert not begin(*other)
+        (folder / "layer-0.pt").write_bytes(b"trained")
+    assert begin(tiny_model(), text, recipe)
+    assert not begin(tiny_model(), text, relufy.Recipe(seed=1))
+    assert not (folder / "layer-0.pt").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tiny_model: Make, tmp_path: Path) -> None:
+    (tmp_path / "out.gguf.relufy").mkdir()
+    (tmp_path / "out.gguf.relufy" / "diary").touch()
+    with GGUFFile(tiny_model()) as file, pytest.raises(StorageError, match="out.gguf.relufy"):
+        relufy.Work(tmp_path / "out.gguf", file, corpus(N_TOKENS), relufy.Recipe()).begin()
+    assert (tmp_path / "out.gguf.relufy" / "diary").exists()
+
+
+def test_two_processes_do_not_make_one_file(tiny_model: Make, tmp_path: Path) -> None:
+    with GGUFFile(tiny_model()) as file:
+        first, second = (relufy.Work(tmp_path / "o.gguf", file, corpus(N_TOKENS), relufy.Recipe()) for _ in range(2))
+        with first.locked(), pytest.raises(StorageError, match="another process"), second.locked():
+            pass
+        with second.locked():
+            pass
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["relufy", *arguments])
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_the_command_refuses_in_one_line(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, text, empty = (str(tmp_path / name) for name in ("out.gguf", "text.txt", "empty.txt"))
+    Path(text).write_text("hello the world " * 100, encoding="utf-8")
+    Path(empty).touch()
+    model = str(tiny_model())
+    assert "wanted one of F32" in refused(model, text, "-o", out, "--type", "Q3_K")
+    assert "density: got 2.0, wanted 0.01 to 1" in refused(model, text, "-o", out, "--density", "2")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert "needs PyTorch: pip install 'hotcold[train]'" in refused(model, text, "-o", out)
+    monkeypatch.setattr(relufy, "require_torch", lambda threads=None: None)
+    assert "empty text" in refused(model, empty, "-o", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "text.txt"]
