@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,9 +69,7 @@ def update_section(
     with writing(path), GGUFFile(path) as model:
         config = ModelConfig.from_gguf(model)
         old = find_section(model, config)
-        if old is None:
-            return _store(model, config, _merged(contents, None, dropped), None, sidecar, progress)
-        with old:
+        with old or nullcontext():
             merged = _merged(contents, old, dropped)
             if merged.tensors:
                 return _store(model, config, merged, old, sidecar, progress)

@@ -57,13 +57,15 @@ def write_image(path: Path, arch: str, contents: Contents, base_size: int, offse
         sums, length = [zlib.crc32(padding, zlib.crc32(header))], len(header) + len(padding)
         start = length
         for tensor in contents.tensors:
-            data = np.ascontiguousarray(tensor.data()).reshape(-1).view(np.uint8).data
-            if data.nbytes != tensor.nbytes:
-                raise ParameterError(f"tensor {tensor.name}: got {data.nbytes} bytes, wanted {tensor.nbytes}")
-            sums.append(zlib.crc32(data))
-            file.write(data)
-            file.write(bytes(-data.nbytes % _ALIGNMENT))
-            length += data.nbytes + -data.nbytes % _ALIGNMENT
+            # Let go of at once, even by an exception's traceback: a view of a mapped section keeps its file locked.
+            with np.ascontiguousarray(tensor.data()).reshape(-1).view(np.uint8).data as data:
+                if data.nbytes != tensor.nbytes:
+                    raise ParameterError(f"tensor {tensor.name}: got {data.nbytes} bytes, wanted {tensor.nbytes}")
+                sums.append(zlib.crc32(data))
+                file.write(data)
+            padding = bytes(-tensor.nbytes % _ALIGNMENT)
+            file.write(padding)
+            length += tensor.nbytes + len(padding)
             progress("writing the section", length - start, total)
         footer = Footer(length, start, base_size, offset, tuple(sums))
         file.write(footer.pack())
