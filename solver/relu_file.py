@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ import numpy as np
 from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError, StorageError
 from ..formats.gguf import GGUFFile
+from ..formats.section_file import Contents, SectionTensor
 from ..formats.types import GGMLType
+from .transpose import encoded
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -42,12 +45,18 @@ def choose_type(source: GGUFFile, config: ModelConfig, name: str | None) -> GGML
     return kind
 
 
-def encode(weights: np.ndarray, kind: GGMLType) -> np.ndarray:
-    """float32 [n_rows, n_cols] as raw rows of a type in TYPES, uint8 [n_rows, bytes of a row]."""
-    from gguf import GGMLQuantizationType, quants
+def section(config: ModelConfig, kind: GGMLType, weights: Weights) -> Contents:
+    """The neuron-major copies of ffn_down, made of the trained floats, in the type of the new matrices."""
 
-    raw = quants.quantize(np.ascontiguousarray(weights, np.float32), GGMLQuantizationType(kind))
-    return np.ascontiguousarray(raw).view(np.uint8).reshape(len(weights), -1)
+    def make(layer: int) -> np.ndarray:
+        return encoded(np.ascontiguousarray(weights(layer)["down"].T), kind)
+
+    shape = (config.n_embd, config.n_ff)
+    tensors = [
+        SectionTensor(f"blk.{layer}.ffn_down_t.weight", shape, kind, partial(make, layer))
+        for layer in range(config.n_layer)
+    ]
+    return Contents({}, tensors)
 
 
 def write(
@@ -60,9 +69,9 @@ def write(
     """
     from gguf import GGUFWriter
 
-    partial = out.with_name(f"{out.name}.part")
+    unfinished = out.with_name(f"{out.name}.part")
     try:
-        writer = GGUFWriter(partial, config.arch)
+        writer = GGUFWriter(unfinished, config.arch)
         try:
             writer.data_alignment = source.alignment
             _write_metadata(writer, source, config, kind, notes)
@@ -71,12 +80,12 @@ def write(
                 writer.write_tensor_data(data)
         finally:
             writer.close()
-        os.replace(partial, out)
+        os.replace(unfinished, out)
     except OSError as exc:
         raise StorageError(f"{out}: {exc.strerror or exc}; name a file that can be written there") from exc
     finally:
         with suppress(OSError):
-            partial.unlink()
+            unfinished.unlink()
 
 
 def _is_ffn(name: str) -> bool:
@@ -140,4 +149,4 @@ def _tensor_data(source: GGUFFile, kind: GGMLType, weights: Weights) -> Iterator
         _, number, part, _ = name.split(".")
         if int(number) != layer:
             layer, found = int(number), dict(weights(int(number)))
-        yield encode(found[part.removeprefix("ffn_")], kind)
+        yield encoded(found[part.removeprefix("ffn_")], kind).reshape(-1)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError, StorageError, UnsupportedError
 from ..formats.gguf import GGUFFile
+from ..formats.section_file import update_section
+from ..formats.section_layout import sidecar_path
 from ..formats.types import GGMLType
 from . import relu_file
 from .corpus import Corpus
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from .distill import Ffn, Student
+    from .distill import Student
 
 WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost time
 HELD_OUT = 16  # windows that are never trained on
@@ -94,8 +96,13 @@ def relufy(
         if work.begin():
             say(f"going on with the work kept in {work.folder}")
         student, report = _train(source, config, corpus, recipe, work, say, advance)
-        notes = _notes(corpus, recipe)
-        relu_file.write(source, config, out, kind, lambda layer: _arrays(student.ffns[layer]), notes)
+
+        def weights(layer: int) -> Mapping[str, np.ndarray]:
+            tensors = student.ffns[layer].tensors()
+            return {part: tensor.detach().numpy() for part, tensor in zip(relu_file.PARTS, tensors, strict=True)}
+
+        relu_file.write(source, config, out, kind, weights, _notes(corpus, recipe))
+        update_section(out, relu_file.section(config, kind, weights))
         work.drop()
     return report
 
@@ -110,6 +117,8 @@ def check(config: ModelConfig, corpus: Corpus, out: Path) -> None:
         raise ParameterError(f"{corpus.name}: got {len(corpus)} tokens, wanted at least {least}, better 300000")
     if out.is_dir() or not out.parent.is_dir():
         raise StorageError(f"{out}: {'a folder' if out.is_dir() else 'no such folder'}; name a file to write")
+    if (side := sidecar_path(out)).exists():
+        raise StorageError(f"{side}: the section of an earlier {out.name}; delete it, or name another file to write")
 
 
 def require_torch(n_threads: int | None = None) -> None:
@@ -271,10 +280,6 @@ def _together(
             mean = sum(densities) / len(densities)
             at = f"step {training.done} of {training.steps}"
             say(f"all layers, {at}: {mean:.1%} active, held-out perplexity {perplexity:.2f}")
-
-
-def _arrays(ffn: Ffn) -> Mapping[str, np.ndarray]:
-    return {part: tensor.detach().numpy() for part, tensor in zip(relu_file.PARTS, ffn.tensors(), strict=True)}
 
 
 def _notes(corpus: Corpus, recipe: Recipe) -> dict[str, Any]:

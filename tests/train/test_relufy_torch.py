@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from hotcold.formats.config import ModelConfig
 from hotcold.formats.errors import TrainingError
 from hotcold.formats.gguf import GGUFFile
+from hotcold.formats.section import find_section
 from hotcold.formats.types import GGMLType
 from hotcold.solver import relufy
 from hotcold.solver.corpus import Corpus
@@ -188,7 +189,8 @@ def test_the_command(tiny_model: Make, tmp_path: Path) -> None:
     assert result.stdout.splitlines()[0] == str(out)
     assert "active neurons" in result.stdout and "x the teacher's" in result.stdout
     assert "llama.cpp would run this file with SiLU" in result.stderr
-    with GGUFFile(out) as file:
+    with GGUFFile(out) as file, find_section(file) as section:
+        assert section.attached and section.has_down_t()
         assert ModelConfig.from_gguf(file).activation == "relu"
         assert file.get("hotcold.relufy.texts") == ["words.txt"]
         assert file.tensors["blk.1.ffn_down.weight"].type == GGMLType.F16

@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from hotcold.formats.config import ModelConfig
 from hotcold.formats.errors import ParameterError, StorageError, UnsupportedError
 from hotcold.formats.gguf import GGUFFile
+from hotcold.formats.section import find_section
+from hotcold.formats.section_file import update_section
 from hotcold.formats.types import GGMLType
 from hotcold.solver import relu_file, relufy
 from hotcold.solver.corpus import Corpus
@@ -37,11 +39,11 @@ def new_weights(config: ModelConfig, seed: int = 0) -> list[Mapping[str, np.ndar
     ]
 
 
-def written(source: Path, out: Path, kind: GGMLType, notes: Mapping[str, Any] = NOTES) -> list[Mapping[str, np.ndarray]]:
+def written(source: Path, out: Path, kind: GGMLType) -> list[Mapping[str, np.ndarray]]:
     with GGUFFile(source) as file:
         config = ModelConfig.from_gguf(file)
         weights = new_weights(config)
-        relu_file.write(file, config, out, kind, lambda layer: weights[layer], notes)
+        relu_file.write(file, config, out, kind, lambda layer: weights[layer], NOTES)
     return weights
 
 
@@ -104,6 +106,21 @@ def test_the_file_is_read_as_a_relu_model(tiny_model: Make, tmp_path: Path) -> N
     assert np.abs(got - before).max() > 0.01
 
 
+def test_the_section_has_down_by_neuron(tiny_model: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    weights = written(tiny_model(), out, GGMLType.F16)
+    with GGUFFile(out) as file:
+        config = ModelConfig.from_gguf(file)
+    update_section(out, relu_file.section(config, GGMLType.F16, lambda layer: weights[layer]))
+    with GGUFFile(out) as file, find_section(file) as section:
+        assert section.attached
+        assert section.has_down_t()
+        for layer in range(config.n_layer):
+            name = f"blk.{layer}.ffn_down_t.weight"
+            assert section.image.tensors[name].type == GGMLType.F16
+            assert np.array_equal(section.image.dequantized(name), file.dequantized(name.replace("_t", "")).T)
+
+
 def test_a_failed_write_leaves_nothing(tiny_model: Make, tmp_path: Path) -> None:
     def fail(layer: int) -> dict[str, np.ndarray]:
         raise OSError(28, "No space left on device")
@@ -148,6 +165,9 @@ def test_what_cannot_be_done_is_said_first(tiny_model: Make, tmp_path: Path) -> 
         relufy.check(config, corpus(N_TOKENS), tmp_path)
     with pytest.raises(StorageError, match="no such folder"):
         relufy.check(config, corpus(N_TOKENS), tmp_path / "no" / "out.gguf")
+    (tmp_path / "hotcold-out.gguf").touch()
+    with pytest.raises(StorageError, match="hotcold-out.gguf: the section of an earlier out.gguf"):
+        relufy.check(config, corpus(N_TOKENS), out)
 
 
 def test_work_is_kept_for_equal_settings_only(tiny_model: Make, tmp_path: Path) -> None:
