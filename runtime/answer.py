@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from ..formats.tokenizer import StreamDecoder, Tokenizer
 from .sampler import Sampler, SamplingParams, check_int, log_softmax, top_ids
 from .session import Session, Stats, Stopwatch
 from .stops import StopMatcher
+
+if TYPE_CHECKING:
+    from .usage import Usage
 
 Processor = Callable[[NDArray[np.intc], NDArray[np.float32]], Any]
 """(token ids so far, scores float32 (n_vocab,)) -> new scores, or whether to stop."""
@@ -111,10 +114,12 @@ class Answer:
         room = session.engine.n_ctx - len(request.ids)
         limit = room if request.max_tokens is None else min(request.max_tokens, room)
         context = list(request.ids)
+        before: Usage | None = None
         watch = Stopwatch()
         try:
             with watch:
                 logits = self._prefill(stats)
+            before = session.engine.usage
             stats.prompt_s, watch.seconds = watch.seconds, 0.0
             self.finish_reason = "length"
             while len(self.tokens) < limit:
@@ -132,7 +137,10 @@ class Answer:
                 yield token
         finally:
             stats.decode_tokens, stats.decode_s = len(self.tokens), watch.seconds
-            stats.context_used = 0 if session.closed else session.context_used
+            if not session.closed:
+                stats.context_used = session.context_used
+                if before is not None:
+                    stats.usage = session.engine.usage - before
 
     def _prefill(self, stats: Stats) -> NDArray[np.float32]:
         request = self.request

@@ -12,14 +12,19 @@ import numpy as np
 from ..formats.config import ModelConfig
 from ..formats.errors import ClosedError, ParameterError
 from ..formats.gguf import GGUFFile
+from ..formats.section import Section, find_section
 from .cpu.layout import KV_BLOCK
 from .cpu.threads import default_threads
 from .decoder import build
+from .down_t import add_down_t
 from .executor import CPUExecutor, Observer
 from .kv_cache import KVCache, Sequence
 from .memory import available_bytes, total_bytes
 from .parts import parts
 from .sampler import check_int
+from .sparsity import Sparsity, plan
+from .tensors import Tensors
+from .usage import Usage, usage
 
 MAX_CONTEXT = 2**30  # positions and cache slots are 32-bit integers
 MAX_THREADS = 1024
@@ -32,8 +37,9 @@ class Engine:
     """A model ready to compute.
 
     model: a path or an open GGUFFile (which the engine then owns). n_ctx: tokens a sequence may hold; default the
-    model's own, less where memory is short. n_threads: default, the cores of this process. progress: called with a line
-    while kernels compile. Not thread-safe: one call at a time.
+    model's own, less where memory is short. n_threads: default, the cores of this process. sparsity: auto, dense,
+    exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
+    the model's section. progress: called with a line while kernels compile. Not thread-safe: one call at a time.
     """
 
     def __init__(
@@ -42,13 +48,17 @@ class Engine:
         *,
         n_ctx: int | None = None,
         n_threads: int | None = None,
+        sparsity: str = "auto",
+        use_section: bool = True,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         if n_threads is not None:
             n_threads = check_int("n_threads", n_threads, 1, MAX_THREADS)
         if n_ctx is not None:
             n_ctx = check_int("n_ctx", n_ctx, 1, MAX_CONTEXT)
+        wanted = Sparsity.parse(sparsity)
         self.file = model if isinstance(model, GGUFFile) else GGUFFile(model)
+        self.section: Section | None = None
         self.closed = False
         try:
             self.config = ModelConfig.from_gguf(self.file)
@@ -56,10 +66,16 @@ class Engine:
             _check_context(self.config, self.n_ctx)
             self.n_threads = n_threads or default_threads()
             self.n_vocab = self.config.n_vocab
+            if use_section:
+                self.section = find_section(self.file, self.config)
+            self.plan = plan(wanted, self.config, self.section)
+            self._tensors = Tensors(self.file, *([self.section.image] if self.section else []))
+            if self.plan and not self.plan.dense_from_t:
+                add_down_t(self._tensors, self.config.n_layer, self.n_threads, progress)
             self._cache = KVCache(self.config, self.n_ctx + KV_BLOCK)
             self._executor = CPUExecutor(
-                build(self.config),
-                self.file,
+                build(self.config, self.plan, self._ranks()),
+                self._tensors,
                 self.config,
                 self._cache,
                 self.n_ctx,
@@ -69,7 +85,7 @@ class Engine:
                 progress,
             )
         except BaseException as error:
-            self.file.close()
+            self._close_files()
             self.closed = True
             if isinstance(error, MemoryError):
                 raise ParameterError(f"n_ctx: got {self.n_ctx}, wanted less: out of memory ({error})") from error
@@ -85,6 +101,12 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.file.tensors.values())
+
+    @property
+    def usage(self) -> Usage:
+        """What the FFNs have read and which neurons were active, since the engine was made."""
+        self._check_open()
+        return usage(self._executor.tape, self._tensors, self.config, self.plan, self._executor.steps)
 
     def new_sequence(self) -> Sequence:
         """An empty sequence; several share the cache, whose size is that of one full context."""
@@ -119,10 +141,17 @@ class Engine:
         norm [n, n_embd], the raw gate and up projections [n, n_ff], of up to MICRO_BATCH tokens at a time.
         """
         self._check_open()
+        if self.plan is not None:
+            raise ParameterError("observe needs a dense engine: Engine(..., sparsity='dense', use_section=False)")
         tokens = self._tokens(ids)
         sequence.reserve(len(tokens))
         for part in parts(len(tokens), MICRO_BATCH):
             self._executor.run([(sequence, tokens[part])], np.arange(0), see)
+
+    def _ranks(self) -> tuple[int, ...]:
+        """The predictors' ranks by layer, if the plan has predictors."""
+        predictors = self.section.predictors() if self.section and self.plan and self.plan.predictor else None
+        return predictors.ranks if predictors else ()
 
     def _tokens(self, ids: Seq[int] | np.ndarray) -> np.ndarray:
         tokens = np.asarray(ids)
@@ -142,8 +171,13 @@ class Engine:
         if not self.closed:
             self.closed = True
             self._executor.close()
-            del self._executor, self._cache
-            self.file.close()
+            del self._executor, self._cache, self._tensors
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self.file.close()
+        if self.section:
+            self.section.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -9,7 +9,6 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from ..formats.config import ModelConfig
-from ..formats.gguf import GGUFFile
 from .cpu.jit import Progress
 from .cpu.layout import QUERY_TILE, Step
 from .cpu.lower import lower
@@ -17,6 +16,7 @@ from .cpu.threads import ThreadPool
 from .graph import Graph
 from .kv_cache import KVCache, Sequence
 from .rope_table import RopeTable
+from .tensors import Tensors
 
 # Called with a layer's number, the residual before its FFN's norm [n_tok, n_embd], and the raw gate and up projections
 # [n_tok, n_ff], all float32 and valid only during the call.
@@ -24,12 +24,15 @@ Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 class CPUExecutor:
-    """Lowers a graph once and runs it for any batch of up to max_tokens tokens, max_outputs of them with logits."""
+    """Lowers a graph once and runs it for any batch of up to max_tokens tokens, max_outputs of them with logits.
+
+    tape: what it walks; steps: how often it has.
+    """
 
     def __init__(
         self,
         graph: Graph,
-        file: GGUFFile,
+        tensors: Tensors,
         config: ModelConfig,
         cache: KVCache,
         n_ctx: int,
@@ -38,13 +41,15 @@ class CPUExecutor:
         max_outputs: int,
         progress: Progress | None = None,
     ) -> None:
-        factors = file.dequantized("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
+        factors = tensors.dequantized("rope_freqs.weight") if "rope_freqs.weight" in tensors else None
         self._rope = RopeTable(config, n_ctx, factors)
         sizes = {"tokens": max_tokens, "outputs": max_outputs}
-        self._tape, walker = lower(graph, file, config, cache, self._rope.table.ctypes.data, n_threads, sizes, progress)
+        table = self._rope.table.ctypes.data
+        self.tape, walker = lower(graph, tensors, config, cache, table, n_threads, sizes, progress)
         self._pool = ThreadPool(walker, n_threads)
         # also when this object is dropped or the interpreter ends: no thread may outlive the buffers
         self._end_threads = weakref.finalize(self, self._pool.close)
+        self.steps = 0
         self._n_embd, self._n_ff = config.n_embd, config.n_ff
         self._tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
         self._tiles = np.zeros((max_tokens, 3), np.int32)
@@ -54,7 +59,7 @@ class CPUExecutor:
             self._step[getattr(Step, name) // 8] = array.ctypes.data
         self._step[Step.tiles // 8] = self._tiles.ctypes.data
         self._step[Step.tables // 8] = self._tables.ctypes.data
-        self._logits = self._tape.buffers["logits"].view(np.float32).reshape(-1, config.n_vocab)
+        self._logits = self.tape.buffers["logits"].view(np.float32).reshape(-1, config.n_vocab)
 
     def run(
         self, batch: Seq[tuple[Sequence, np.ndarray]], outputs: np.ndarray, see: Observer | None = None
@@ -78,10 +83,11 @@ class CPUExecutor:
                 n_tiles += 1
             row += n
         out_rows[: len(outputs)] = outputs
+        self.steps += 1
         step = self._step
         step[Step.n_tok // 8], step[Step.n_out // 8], step[Step.n_tiles // 8] = row, len(outputs), n_tiles
         if see is None:
-            self._walk(0, len(self._tape.rows))
+            self._walk(0, len(self.tape.rows))
         else:
             self._walk_by_layer(row, see)
         for sequence, tokens in batch:
@@ -89,20 +95,20 @@ class CPUExecutor:
         return self._logits[: len(outputs)]
 
     def _walk(self, first: int, end: int) -> None:
-        rows = self._tape.rows
+        rows = self.tape.rows
         self._pool.run(rows[first:].ctypes.data, end - first, self._step.ctypes.data)
 
     def _walk_by_layer(self, n_tok: int, see: Observer) -> None:
         """One step that halts before each FFN's activation."""
-        values = [self._tape.buffers[name].view(np.float32) for name in ("x", "gate", "up")]
+        values = [self.tape.buffers[name].view(np.float32) for name in ("x", "gate", "up")]
         widths = (self._n_embd, self._n_ff, self._n_ff)
-        ends = [*self._tape.activations, len(self._tape.rows)]
+        ends = [*self.tape.activations, len(self.tape.rows)]
         begin, layer = 0, 0
         try:
             for layer, end in enumerate(ends):
                 self._walk(begin, end)
                 begin = end
-                if end < len(self._tape.rows):
+                if end < len(self.tape.rows):
                     x, gate, up = (
                         v[: n_tok * width].reshape(n_tok, width) for v, width in zip(values, widths, strict=True)
                     )

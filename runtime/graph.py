@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 class Node:
     """One operation.
 
-    op: embed, norm, matmul, rope, attention or activate. reads, writes: names of values; a node that adds to a value
-    reads and writes it. weight, bias: tensor names in the file. layer: index of the block, -1 outside.
-    rows: "tokens", or "outputs" where only the positions whose logits are wanted take part.
+    op: embed, norm, matmul, rope, attention, activate or pack; of a sparse FFN also select (write the list of active
+    neurons), rows (a matmul of the listed rows) and down (add the listed rows, times h). reads, writes: names of
+    values; a node that adds to a value reads and writes it. weight, bias: tensor names. layer: index of the block, -1
+    outside. rows: "tokens", or "outputs" where only the positions whose logits are wanted take part. branch: of a
+    sparse FFN, the steps that the node belongs to: "sparse", "dense", or "" for all. function: of an activate or
+    select. threshold, cut: the rule by which neurons are active (sparsity.py); cut is a tensor's name. limit: the most
+    neurons that a select lists before the step is dense.
     """
 
     op: str
@@ -25,6 +29,11 @@ class Node:
     bias: str = ""
     layer: int = -1
     rows: str = "tokens"
+    branch: str = ""
+    function: str = ""
+    threshold: float = 0.0
+    cut: str = ""
+    limit: int = 0
     unit: str = "cpu"
 
     @property

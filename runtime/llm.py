@@ -34,7 +34,8 @@ class LLM(Completions):
 
     model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
     n_ctx: tokens of context (None = the model's, capped by memory); n_threads: None = the machine's cores.
-    seed: for calls that give none; None = a fresh one a call. progress: takes lines about slow steps (verbose
+    seed: for calls that give none; None = a fresh one a call. sparsity: which FFN neurons are computed: auto (all that
+    matter), dense, exact, threshold=D or predict. progress: takes lines about slow steps (verbose
     sends them to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
@@ -52,6 +53,7 @@ class LLM(Completions):
         n_ctx: int | None = None,
         n_threads: int | None = None,
         seed: int | None = None,
+        sparsity: str = "auto",
         verbose: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -68,7 +70,7 @@ class LLM(Completions):
         path = resolve(model, _by_step(report) if report else None)
         from .engine import Engine
 
-        engine = Engine(path, n_ctx=n_ctx, n_threads=n_threads, progress=report)
+        engine = Engine(path, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, progress=report)
         try:
             self._attach(engine, load_tokenizer(engine.file), None, chosen_seed, str(model))
         except BaseException:

@@ -19,6 +19,7 @@ from .parts import parts, reusable
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .usage import Usage
 
 ROWS = 256  # rows of logits asked of the engine at once: 50 MB for 50k tokens
 
@@ -39,6 +40,7 @@ class Stats:
     context_used: int = 0
     n_ctx: int = 0
     reused_tokens: int = 0
+    usage: Usage | None = None  # of the FFNs, while the answer's tokens were evaluated one by one
 
     @property
     def prompt_tok_s(self) -> float:

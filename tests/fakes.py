@@ -12,6 +12,7 @@ import numpy as np
 
 from hotcold.formats.chat_template import CHATML, ChatTemplate
 from hotcold.runtime.llm import LLM
+from hotcold.runtime.usage import Usage
 
 # ids 0-255 are bytes; then words of several bytes, then control tokens
 WORDS = [b"Hel", b"lo", b" wor", b"ld", b"STO", b"P!", b"\xe2\x82", b"\xac", b"\xf0\x9f\x98\x80"]
@@ -83,6 +84,7 @@ class FakeEngine:
         self.calls: list[int] = []
         self.busy = threading.Lock()
         self.closed = False
+        self.usage, self.plan = Usage(), None
 
     def new_sequence(self) -> FakeSequence:
         return FakeSequence()

@@ -105,7 +105,7 @@ class Tape:
                 fields |= {"scratch": self._scratch.ctypes.data, "scratch_bytes": SCRATCH}
             for name, value in fields.items():
                 self._records[i, getattr(layout, name) // 8] = _slot(value)
-            self._rows[i] = found[kernel], self._records[i].ctypes.data, 1
+            self._rows[i, :3] = found[kernel], self._records[i].ctypes.data, 1
         self._pool = ThreadPool(found["walk"], n_threads)
 
     def walk(self, **step: Any) -> None:

@@ -66,13 +66,14 @@ class Side(Protocol):
 class Ours:
     """The engine in this process."""
 
-    def __init__(self, path: Path, n_ctx: int, n_threads: int | None, stack: ExitStack) -> None:
+    def __init__(self, path: Path, n_ctx: int, n_threads: int | None, sparsity: str, stack: ExitStack) -> None:
         from ..runtime.engine import Engine  # imported before the clock starts, as the peer's library is
 
         status = console.StatusLine()
         stack.callback(status.clear)
         start = time.perf_counter()
-        self.engine: Engine = stack.enter_context(Engine(path, n_ctx=n_ctx, n_threads=n_threads, progress=status))
+        engine = Engine(path, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, progress=status)
+        self.engine: Engine = stack.enter_context(engine)
         self.load_s = time.perf_counter() - start
         self.first_token_s = self.load_s + self.prompt(token_ids(self.engine.n_vocab, SHORT_PROMPT))
         status.clear()
@@ -90,6 +91,20 @@ class Ours:
                 token = self._next(sequence, [token])
 
         return self._timed(steps)
+
+    def ffn(self, first: int, n: int) -> dict[str, Any]:
+        """What the FFNs do in such a decode: mode, active share, bytes read a token, predictors' share of the time."""
+        used, plan = self.engine.usage, self.engine.plan
+        if plan:
+            self.decode(first, n)
+            used = self.engine.usage - used
+        return {
+            "sparsity": str(plan.sparsity) if plan else "dense",
+            "active": used.density,
+            "bytes_per_token": round(used.step_bytes),
+            "bytes_over_dense": used.byte_share,
+            "predictor_time": used.predictor_share,
+        }
 
     def peak_rss(self) -> int | None:
         """Peak resident bytes of this process, mapped model included."""
@@ -175,6 +190,7 @@ def bench(
     n_gen: DecodeLength = 64,
     repetitions: Repetitions = 5,
     threads: options.Threads = None,
+    sparsity: options.Sparsity = "auto",
     against: Peer = None,
     peer_python: PeerPython = None,
     as_json: options.AsJson = False,
@@ -183,7 +199,7 @@ def bench(
     path = console.find_model(model)
     n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
     with ExitStack() as stack:
-        ours = Ours(path, n_ctx, threads, stack)
+        ours = Ours(path, n_ctx, threads, sparsity, stack)
         n_vocab, used = ours.engine.n_vocab, ours.engine.n_threads
         _warn_if_busy()
         sides: list[Side] = [ours]
@@ -195,12 +211,14 @@ def bench(
             {"model": model, "threads": used, **result}
             for result in measure(sides, token_ids(n_vocab, n_prompt), n_gen, repetitions)
         ]
+        ffn = ours.ffn(token_ids(n_vocab, 1)[0], n_gen)
     report: dict[str, Any] = {
         **results[0],
         "n_prompt": n_prompt,
         "n_gen": n_gen,
         "repetitions": repetitions,
         "n_ctx": n_ctx,
+        "ffn": ffn,
     }
     if against is not None:
         report["peer"] = {**results[1], "name": against.value}
@@ -268,6 +286,13 @@ def _print(report: dict[str, Any]) -> None:
         line = f"{title:18}  {cells[0]:>12}" + "".join(f"  {cell:>16}" for cell in cells[1:])
         ratio = report.get("ratio", {}).get(key.removesuffix("_tok_s"))
         print(line + (f"  {ratio:>5.2f}x" if ratio is not None else ""))
+    ffn = report["ffn"]
+    if ffn["sparsity"] != "dense":
+        print(
+            f"FFN {ffn['sparsity']}: {ffn['active']:.1%} of neurons active, "
+            f"{console.human_bytes(ffn['bytes_per_token'])} a token ({ffn['bytes_over_dense']:.0%} of dense), "
+            f"predictors and selection {ffn['predictor_time']:.1%} of the time"
+        )
 
 
 def _cell(value: float | None, form: str | None) -> str:

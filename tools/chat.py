@@ -39,6 +39,7 @@ def chat(
     seed: options.Seed = None,
     threads: options.Threads = None,
     ctx: options.Context = None,
+    sparsity: options.Sparsity = "auto",
 ) -> None:
     """Chat with a model, or answer what is piped in."""
     interactive = sys.stdin.isatty()
@@ -46,7 +47,7 @@ def chat(
     if not interactive and not question:
         raise ParameterError("stdin: got nothing, wanted a message; run `hotcold chat` in a terminal to talk")
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
-    with console.open_llm(model, ctx, threads) as llm:
+    with console.open_llm(model, ctx, threads, sparsity) as llm:
         if "repeat_penalty" not in llm.config.sampling:
             chosen.setdefault("repeat_penalty", REPEAT_PENALTY)
         talk = Conversation(llm, model, system, chosen, n_predict)

@@ -164,14 +164,14 @@ def find_model(name: str) -> Path:
 
 
 @contextmanager
-def open_llm(name: str, n_ctx: int | None, n_threads: int | None, seed: int | None = None) -> Iterator[LLM]:
+def open_llm(name: str, n_ctx: int | None, n_threads: int | None, sparsity: str = "auto") -> Iterator[LLM]:
     """The model `name` (pulled if need be), its loading and first compilation shown on stderr."""
     path = find_model(name)
     status = StatusLine()
     try:
         from ..runtime.llm import LLM
 
-        with LLM(path, n_ctx=n_ctx or None, n_threads=n_threads, seed=seed, progress=status) as llm:
+        with LLM(path, n_ctx=n_ctx or None, n_threads=n_threads, sparsity=sparsity, progress=status) as llm:
             status.clear()
             yield llm
     finally:
@@ -179,14 +179,23 @@ def open_llm(name: str, n_ctx: int | None, n_threads: int | None, seed: int | No
 
 
 @contextmanager
-def open_engine(name: str, n_ctx: int | None, n_threads: int | None) -> Iterator[Engine]:
+def open_engine(
+    name: str, n_ctx: int | None, n_threads: int | None, sparsity: str = "auto", use_section: bool = True
+) -> Iterator[Engine]:
     """The bare engine on the model `name`, as open_llm does it."""
     path = find_model(name)
     status = StatusLine()
     try:
         from ..runtime.engine import Engine
 
-        with Engine(path, n_ctx=n_ctx or None, n_threads=n_threads, progress=status) as engine:
+        with Engine(
+            path,
+            n_ctx=n_ctx or None,
+            n_threads=n_threads,
+            sparsity=sparsity,
+            use_section=use_section,
+            progress=status,
+        ) as engine:
             status.clear()
             yield engine
     finally:

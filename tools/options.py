@@ -29,6 +29,10 @@ Context = Annotated[
     int | None,
     Option("--ctx", "--ctx-size", "-c", metavar="N", min=0, max=2**31, help="Context in tokens; 0 is the model's."),
 ]
+Sparsity = Annotated[
+    str,
+    Option("--sparsity", metavar="MODE", help="Neurons computed: auto, dense, exact, threshold=D or predict."),
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 Prompt = Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads stdin.")]

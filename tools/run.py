@@ -14,6 +14,7 @@ from .conversation import CHAT_LENGTH
 
 if TYPE_CHECKING:
     from ..runtime.session import Stats
+    from ..runtime.usage import Usage
 
 RAW_LENGTH = 256
 
@@ -48,6 +49,7 @@ def run(
     seed: options.Seed = None,
     threads: options.Threads = None,
     ctx: options.Context = None,
+    sparsity: options.Sparsity = "auto",
     timings: Timings = False,
 ) -> None:
     """Complete a prompt, or answer it (--chat)."""
@@ -58,7 +60,7 @@ def run(
     if n_predict is None:
         n_predict = CHAT_LENGTH if chat else RAW_LENGTH
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
-    with console.open_llm(model, ctx, threads) as llm:
+    with console.open_llm(model, ctx, threads, sparsity) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})
@@ -76,12 +78,22 @@ def run(
 
 
 def describe(stats: Stats) -> str:
-    """One line on the last answer: prompt and answer tokens, speeds, context used."""
+    """One line on the last answer: prompt and answer tokens, speeds, context used, what a sparse FFN read."""
     return (
         f"prompt {stats.prompt_tokens} tokens "
         f"({stats.reused_tokens} cached; {stats.prompt_tok_s:.1f} tok/s), "
         f"answer {stats.decode_tokens} tokens ({stats.decode_tok_s:.1f} tok/s), "
-        f"context {stats.context_used} of {stats.n_ctx}"
+        f"context {stats.context_used} of {stats.n_ctx}{_sparse(stats.usage)}"
+    )
+
+
+def _sparse(usage: Usage | None) -> str:
+    if usage is None or not usage.places:
+        return ""
+    predictors = f", predictors {usage.predictor_share:.0%} of the time" if usage.predictor_ticks else ""
+    return (
+        f"; FFN: {usage.density:.1%} of neurons active, {console.human_bytes(round(usage.step_bytes))} a token "
+        f"({usage.byte_share:.0%} of dense){predictors}"
     )
 
 

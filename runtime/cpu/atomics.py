@@ -78,3 +78,13 @@ def call_plain(typingctx, function):
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
+
+
+@intrinsic
+def ticks(typingctx):
+    """The processor's time-stamp counter; 0 where a user program may not read one."""
+
+    def codegen(context, b, sig, args):
+        return call(b, "llvm.readcyclecounter", I64) if X86 else I64(0)
+
+    return types.int64(), codegen

@@ -26,6 +26,11 @@ FAMILIES = {
     "pack": "pack",
     "activate": "pack",
     "matmul": "matmul",
+    "matmul_t": "matmul_t",
+    "select": "select",
+    "rows": "rows",
+    "down": "down",
+    "transpose": "transpose",
     "rope": "rope",
     "attention": "attention",
 }

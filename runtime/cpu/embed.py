@@ -13,7 +13,7 @@ from .weights import FLOAT, PLAIN, SUPER, inline
 
 def build(family: str, variant: str) -> Any:
     args_of, step_of = Embed, Step
-    dequantise = _dequantiser(variant)
+    dequantise = dequantiser(variant)
 
     def embed(args, step, ith, turn):
         n_tok, ids = i64_at(step + step_of.n_tok), i64_at(step + step_of.ids)
@@ -34,7 +34,7 @@ def build(family: str, variant: str) -> Any:
     return embed
 
 
-def _dequantiser(variant: str) -> Any:
+def dequantiser(variant: str) -> Any:
     """(row address, output address, k): one row as float32."""
     if variant in FLOAT:
         size = FLOAT[variant]

@@ -30,7 +30,11 @@ def arguments(name: str, fields: str) -> Any:
 # What a step tells the kernels: token counts, and addresses of int32 arrays with one entry a token.
 # tiles: int32 rows (first token, tokens, sequence) for attention; tables: int64 addresses of block tables.
 Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots")
-Row = record("Row", "kernel args barrier")
+# A row of the tape. It is skipped unless the int64 at address `when` (if not 0) is `want`; ticks: time spent so far.
+Row = record("Row", "kernel args barrier when want ticks")
+# What a layer's selection says: whether the step is sparse (1) or dense (0), and how many neurons are in its list; then
+# sums over all steps so far: active (token, neuron) pairs, tokens, sparse steps, neurons in their lists, dense steps.
+Choice = record("Choice", "sparse count active tokens sparse_steps listed dense_steps unused")
 
 TILE_MIN = 8  # tokens from which on the tiled kernel is used
 PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
@@ -42,10 +46,14 @@ _PACKED = "xq xd xn xs xf quantised floats"
 MatMul = arguments(
     "MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes"
 )
-Pack = arguments("Pack", f"src second k stride count segment threshold scores cut {_PACKED}")
+Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice {_PACKED}")
+Select = arguments("Select", "src n threshold cut list picked choice limit")
+Rows = arguments("Rows", "w out k row_bytes out_stride list choice chunk parts ahead xq xd xn xs xf")
+Down = arguments("Down", "w out h h_stride n row_bytes list choice columns ahead scratch scratch_bytes")
 Norm = arguments("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")
 Embed = arguments("Embed", "w out k row_bytes")
 Rope = arguments("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")
+Transpose = arguments("Transpose", "w out k n row_bytes scratch scratch_bytes")
 Attention = arguments("Attention", "q out n_head n_kv dim_k dim_v keys values scale window scratch scratch_bytes")
 
 

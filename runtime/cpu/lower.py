@@ -9,41 +9,41 @@ from typing import Any
 import numpy as np
 
 from ...formats.config import ModelConfig
-from ...formats.errors import UnsupportedError
-from ...formats.gguf import GGUFFile
 from ..graph import Graph, Node
 from ..kv_cache import KVCache
 from ..memory import ALIGNMENT as CACHE_LINE
 from ..memory import aligned
+from ..tensors import Tensors
 from . import jit
+from .buffers import BLOCKS, DOWN_COLUMNS, GROUPS, PANEL_CACHE, Buffers, t_panels
 from .layout import (
-    KV_BLOCK,
     PANEL_ROWS,
     Attention,
+    Choice,
+    Down,
     Embed,
     MatMul,
     Norm,
     Pack,
     Rope,
     Row,
+    Rows,
+    Select,
     Step,
-    packed_bytes,
     panel_bytes,
 )
 
-FLOATS = ("F32", "F16", "BF16")
-GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"), 32)
-GROUPS |= dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)
 _SLOTS = 24  # int64 slots of a record
-_PANEL_CACHE = 512 << 10  # bytes of unpacked weights that a thread keeps at hand (half of a common L2 cache)
 _CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
+_AHEAD_BYTES = 8192  # of listed rows that are fetched ahead
 _SEGMENT = 512  # activations that a thread packs at a time
 
 
 class Tape:
     """rows int64 [n, len(Row)] and records int64 [n, _SLOTS], with the buffers that they point into.
 
-    activations: by layer, the row that begins its FFN's activation; all before it is done when it is reached.
+    nodes: that each row was lowered from. activations: by layer, the row that begins its FFN's activation; all before
+    it is done when it is reached.
     """
 
     def __init__(
@@ -52,111 +52,52 @@ class Tape:
         records: np.ndarray,
         counts: np.ndarray,
         buffers: dict[str, np.ndarray],
+        nodes: list[Node],
         activations: list[int],
     ) -> None:
         self.rows, self.records, self.counts, self.buffers = rows, records, counts, buffers
-        self.activations = activations
+        self.nodes, self.activations = nodes, activations
 
 
 class _Lowering:
     def __init__(
         self,
         graph: Graph,
-        file: GGUFFile,
+        tensors: Tensors,
         config: ModelConfig,
         cache: KVCache,
         rope_table: int,
         n_threads: int,
         sizes: dict[str, int],
     ) -> None:
-        self.graph, self.file, self.config, self.cache = graph, file, config, cache
-        self.rope_table, self.n_threads, self.sizes = rope_table, n_threads, sizes
-        self.ops: list[tuple[str, dict[str, Any], Any]] = []
+        self.tensors, self.config, self.cache = tensors, config, cache
+        self.rope_table, self.n_threads = rope_table, n_threads
+        self.buffers = Buffers(graph, tensors, config, n_threads, sizes)
+        self.widths = graph.widths
+        self.ops: list[tuple[str, dict[str, Any], Any, Node]] = []
         self.activations: list[int] = []
         self.barriers: list[bool] = []
-        self.buffers: dict[str, np.ndarray] = {}
         self.dirty: set[str] = set()  # written since the last barrier
         self.busy: set[str] = set()  # read since the last barrier
-        # Of each value: types of the weights that it meets, and whether the node that makes it packs it.
-        self.kinds: dict[str, set[str]] = {}
-        self.prepacked: set[str] = set()
-        for node in graph.nodes:
-            if node.op == "matmul":
-                self.kinds.setdefault(node.reads[0], set()).add(self.kind(node.weight))
-            elif node.op in ("norm", "activate"):
-                self.prepacked.update(node.writes)
-        self.scratch_bytes = self._scratch()
-        self.buffers["scratch"] = aligned(n_threads * self.scratch_bytes)
+        self.prepacked = {name for node in graph.nodes if node.op in ("norm", "activate") for name in node.writes}
         lowerings: dict[str, Callable[[Node], None]] = {
             "embed": self.embed,
             "norm": self.norm,
             "matmul": self.matmul,
+            "matmul_t": self.matmul_t,
             "rope": self.rope,
             "attention": self.attention,
             "activate": self.activate,
+            "select": self.select,
+            "rows": self.rows,
+            "down": self.down,
         }
         for node in graph.nodes:
             lowerings[node.op](node)
 
-    # --- buffers ---
-
-    def kind(self, tensor: str) -> str:
-        """Type name of a weight, refused if no kernel computes it."""
-        name = self.file.tensors[tensor].type.name
-        if name not in GROUPS:
-            raise UnsupportedError(
-                f"{self.file.path}: tensor {tensor} has type {name}, which hotcold does not compute; "
-                f"supported: {', '.join(GROUPS)}"
-            )
-        return name
-
-    def floats(self, value: str) -> int:
-        """Address of a float32 value [tokens, width]."""
-        if value not in self.buffers:
-            n_rows = self.sizes["outputs" if value == "logits" else "tokens"]
-            self.buffers[value] = aligned(n_rows * self.graph.widths[value] * 4)
-        return self.buffers[value].ctypes.data
-
-    def packed(self, value: str) -> dict[str, int]:
-        """Addresses of a packed value's arrays, and which of them its readers need."""
-        kinds = self.kinds.get(value, set())
-        out = {"quantised": int(any(k not in FLOATS for k in kinds)), "floats": int(any(k in FLOATS for k in kinds))}
-        for want, quantised in (("quantised", True), ("floats", False)):
-            if out[want]:
-                for name, nbytes in packed_bytes(self.graph.widths[value], self.sizes["tokens"], quantised).items():
-                    key = f"{value}.{name}"
-                    if key not in self.buffers:
-                        self.buffers[key] = aligned(nbytes, zero=True)
-                    out[name] = self.buffers[key].ctypes.data
-        return out
-
-    def vector(self, tensor: str) -> int:
-        """Address of a float32 vector (norm weights, biases); other float types are converted once."""
-        info = self.file.tensors[tensor]
-        if info.type.name == "F32":
-            return self.file.address(tensor)
-        key = f"vector.{tensor}"
-        if key not in self.buffers:
-            self.buffers[key] = np.ascontiguousarray(self.file.dequantized(tensor), np.float32)
-        return self.buffers[key].ctypes.data
-
-    def _scratch(self) -> int:
-        """Scratch bytes a thread: the largest of what any op needs."""
-        c, need = self.config, 0
-        for node in self.graph.nodes:
-            if node.op == "matmul":
-                info = self.file.tensors[node.weight]
-                need = max(need, _PANEL_CACHE, panel_bytes(info.shape[0], GROUPS[self.kind(node.weight)]))
-        need = max(need, max(self.graph.widths.values()) * 4)
-        attention = 128 + 4 * KV_BLOCK * 4 * 2 + 4 * (c.head_dim_v + PANEL_ROWS) * 4 + 4 * c.head_dim_k * 4
-        return -(-(max(need, attention) + 4096) // 4096) * 4096
-
-    def scratch(self) -> dict[str, int]:
-        return {"scratch": self.buffers["scratch"].ctypes.data, "scratch_bytes": self.scratch_bytes}
-
-    # --- rows ---
-
-    def emit(self, kernel: str, layout: Any, reads: tuple[str, ...], writes: tuple[str, ...], **fields: Any) -> None:
+    def emit(
+        self, kernel: str, layout: Any, node: Node, reads: tuple[str, ...], writes: tuple[str, ...], **fields: Any
+    ) -> None:
         """Append an op, after a barrier if it touches what ops since the last one wrote, or writes what they read."""
         if self.dirty & {*reads, *writes} or self.busy & set(writes):
             self.barriers[-1] = True
@@ -164,21 +105,22 @@ class _Lowering:
             self.busy.clear()
         self.dirty.update(writes)
         self.busy.update(reads)
-        self.ops.append((kernel, fields, layout))
+        self.ops.append((kernel, fields, layout, node))
         self.barriers.append(False)
 
     def count(self, node: Node) -> int:
         return Step.n_out if node.rows == "outputs" else Step.n_tok
 
     def embed(self, node: Node) -> None:
-        info = self.file.tensors[node.weight]
+        info = self.tensors.info(node.weight)
         self.emit(
-            f"embed:{self.kind(node.weight)}",
+            f"embed:{self.buffers.kind(node.weight)}",
             Embed,
+            node,
             node.reads,
             node.writes,
-            w=self.file.address(node.weight),
-            out=self.floats(node.writes[0]),
+            w=self.tensors.address(node.weight),
+            out=self.buffers.floats(node.writes[0]),
             k=info.shape[0],
             row_bytes=info.row_size,
         )
@@ -187,60 +129,84 @@ class _Lowering:
         self.emit(
             "norm",
             Norm,
+            node,
             node.reads,
             node.writes,
-            src=self.floats(node.reads[0]),
-            weight=self.vector(node.weight),
-            k=self.graph.widths[node.reads[0]],
+            src=self.buffers.floats(node.reads[0]),
+            weight=self.buffers.vector(node.weight),
+            k=self.widths[node.reads[0]],
             eps=float(self.config.norm_eps),
             rows=Step.out_rows if node.rows == "outputs" else 0,
             count=self.count(node),
-            **self.scratch(),
-            **self.packed(node.writes[0]),
+            **self.buffers.scratch(),
+            **self.buffers.packed(node.writes[0]),
         )
 
-    def pack(self, value: str, node: Node, kernel: str = "pack", second: int = 0, src: str = "") -> None:
-        width = self.graph.widths[value]
-        reads = node.reads if src else (value,)
-        writes = node.writes if src else (f"{value}.packed",)
-        self.emit(
-            kernel,
-            Pack,
-            reads,
-            writes,
-            src=self.floats(src or value),
-            second=second,
-            k=width,
-            stride=width,
-            count=self.count(node),
-            segment=_SEGMENT,
-            **self.packed(value),
-        )
-
-    def activate(self, node: Node) -> None:
-        gate, up = node.reads
-        self.activations.append(len(self.ops))
-        self.pack(node.writes[-1], node, f"activate:{self.config.activation}", self.floats(up), gate)
-
-    def matmul(self, node: Node) -> None:
-        value, kind = node.reads[0], self.kind(node.weight)
-        info = self.file.tensors[node.weight]
-        k, n = info.shape[0], info.n_rows
+    def packed(self, node: Node) -> tuple[str, dict[str, int]]:
+        """The packed form of a matmul's input: what to wait for, and its arrays; packs it if no op has done so."""
+        value = node.reads[0]
         source = value
         if value not in self.prepacked:
             source = f"{value}.packed"
-            self.pack(value, node)
-        packed = {key: at for key, at in self.packed(value).items() if key.startswith("x")}
+            self.emit(
+                "pack",
+                Pack,
+                node,
+                (value,),
+                (source,),
+                src=self.buffers.floats(value),
+                k=self.widths[value],
+                stride=self.widths[value],
+                count=self.count(node),
+                segment=_SEGMENT,
+                **self.buffers.packed(value),
+            )
+        return source, {key: at for key, at in self.buffers.packed(value).items() if key.startswith("x")}
+
+    def activate(self, node: Node) -> None:
+        """act(first read) * second, if there is one, over the first; scores of a predictor come third."""
+        source, *others = (name for name in node.reads if not name.startswith("active."))
+        fields: dict[str, Any] = {}
+        if others:
+            fields["second"] = self.buffers.floats(others[0])
+            self.activations.append(len(self.ops))
+        if len(others) > 1:
+            fields["scores"] = self.buffers.floats(others[1])
+            fields["cut"] = self.buffers.vector(node.cut) if node.cut else self.buffers.zeros(self.widths[source])
+        if node.branch == "sparse":
+            fields["choice"] = self.buffers.choice(node.layer)
+        else:
+            fields |= self.buffers.packed(node.writes[-1])
+        self.emit(
+            f"activate:{node.function}",
+            Pack,
+            node,
+            node.reads,
+            node.writes,
+            src=self.buffers.floats(source),
+            k=self.widths[source],
+            stride=self.widths[source],
+            count=self.count(node),
+            segment=_SEGMENT,
+            threshold=float(node.threshold),
+            **fields,
+        )
+
+    def matmul(self, node: Node) -> None:
+        kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
+        k, n = info.shape[0], info.n_rows
+        source, packed = self.packed(node)
         per_chunk = max(_CHUNK_BYTES // info.row_size, -(-n // (self.n_threads * 8)))
-        panels = max(1, min(_PANEL_CACHE // panel_bytes(k, GROUPS[kind]), -(-n // (PANEL_ROWS * self.n_threads * 4))))
+        panels = max(1, min(PANEL_CACHE // panel_bytes(k, GROUPS[kind]), -(-n // (PANEL_ROWS * self.n_threads * 4))))
         self.emit(
             f"matmul:{kind}",
             MatMul,
+            node,
             (source, *node.reads[1:]),
             node.writes,
-            w=self.file.address(node.weight),
-            out=self.floats(node.writes[0]),
-            bias=self.vector(node.bias) if node.bias else 0,
+            w=self.tensors.address(node.weight),
+            out=self.buffers.floats(node.writes[0]),
+            bias=self.buffers.vector(node.bias) if node.bias else 0,
             k=k,
             n=n,
             row_bytes=info.row_size,
@@ -249,8 +215,96 @@ class _Lowering:
             add=int(node.adds),
             chunk=min(per_chunk, -(-n // self.n_threads)),
             panels=panels,
-            **self.scratch(),
+            **self.buffers.scratch(),
             **packed,
+        )
+
+    def matmul_t(self, node: Node) -> None:
+        """A matmul of many tokens with a matrix stored by columns: row j is what activation j adds to each output."""
+        kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
+        source, packed = self.packed(node)
+        self.emit(
+            f"matmul_t:{kind}",
+            MatMul,
+            node,
+            (source, *node.reads[1:]),
+            node.writes,
+            w=self.tensors.address(node.weight),
+            out=self.buffers.floats(node.writes[0]),
+            k=info.n_rows,
+            n=info.shape[0],
+            row_bytes=info.row_size,
+            out_stride=info.shape[0],
+            count=self.count(node),
+            add=int(node.adds),
+            panels=t_panels(kind),
+            **self.buffers.scratch(),
+            **packed,
+        )
+
+    # --- sparse FFN ---
+
+    def select(self, node: Node) -> None:
+        self.emit(
+            f"select:{node.function}",
+            Select,
+            node,
+            node.reads,
+            node.writes,
+            src=self.buffers.floats(node.reads[0]),
+            n=self.widths[node.reads[0]],
+            threshold=float(node.threshold),
+            cut=self.buffers.vector(node.cut) if node.cut else 0,
+            picked=self.buffers.floats("picked"),
+            limit=node.limit,
+            **self.listed(node),
+        )
+
+    def listed(self, node: Node) -> dict[str, int]:
+        return {"list": self.buffers.list(), "choice": self.buffers.choice(node.layer)}
+
+    def rows(self, node: Node) -> None:
+        info = self.tensors.info(node.weight)
+        source, packed = self.packed(node)
+        self.emit(
+            f"rows:{self.buffers.kind(node.weight)}",
+            Rows,
+            node,
+            (source, *node.reads[1:]),
+            node.writes,
+            w=self.tensors.address(node.weight),
+            out=self.buffers.floats(node.writes[0]),
+            k=info.shape[0],
+            row_bytes=info.row_size,
+            out_stride=info.n_rows,
+            chunk=max(1, _CHUNK_BYTES // info.row_size),
+            parts=self.n_threads * 8,
+            ahead=-(-_AHEAD_BYTES // info.row_size),
+            **self.listed(node),
+            **packed,
+        )
+
+    def down(self, node: Node) -> None:
+        kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
+        n, block = info.shape[0], BLOCKS[kind]
+        columns = min(DOWN_COLUMNS, -(-n // (self.n_threads * 4)))
+        columns = -(-columns // block) * block
+        self.emit(
+            f"down:{kind}",
+            Down,
+            node,
+            node.reads,
+            node.writes,
+            w=self.tensors.address(node.weight),
+            out=self.buffers.floats(node.writes[0]),
+            h=self.buffers.floats(node.reads[0]),
+            h_stride=self.widths[node.reads[0]],
+            n=n,
+            row_bytes=info.row_size,
+            columns=columns,
+            ahead=max(4, -(-_AHEAD_BYTES * n // (columns * info.row_size))),
+            **self.listed(node),
+            **self.buffers.scratch(),
         )
 
     def heads(self, layer: int) -> dict[str, int]:
@@ -266,10 +320,11 @@ class _Lowering:
         }
 
     def rope(self, node: Node) -> None:
-        q, k, v = (self.floats(name) for name in node.reads)
+        q, k, v = (self.buffers.floats(name) for name in node.reads)
         self.emit(
             f"rope:{self.config.rope_style}",
             Rope,
+            node,
             node.reads,
             node.writes,
             q=q,
@@ -284,39 +339,42 @@ class _Lowering:
         self.emit(
             "attention",
             Attention,
+            node,
             node.reads,
             node.writes,
-            q=self.floats("q"),
-            out=self.floats(node.writes[0]),
+            q=self.buffers.floats("q"),
+            out=self.buffers.floats(node.writes[0]),
             scale=float(self.config.attn_scale),
             window=self.config.sliding_window,
-            **self.scratch(),
+            **self.buffers.scratch(),
             **self.heads(node.layer),
         )
 
     # --- the tape ---
 
     def tape(self, progress: jit.Progress | None) -> tuple[Tape, int]:
-        kernels = jit.load(["walk", *(kernel for kernel, _, _ in self.ops)], progress=progress)
+        kernels = jit.load(["walk", *(kernel for kernel, _, _, _ in self.ops)], progress=progress)
         self.barriers[-1] = True
         records = aligned(len(self.ops) * _SLOTS * 8, zero=True).view(np.int64).reshape(-1, _SLOTS)
         rows = np.zeros((len(self.ops), len(Row)), np.int64)
         counts = aligned(len(self.ops) * CACHE_LINE, zero=True)  # of finished chunks, one a segment
         segment = 0
-        for i, (kernel, fields, layout) in enumerate(self.ops):
+        for i, (kernel, fields, layout, node) in enumerate(self.ops):
             fields["done"] = counts.ctypes.data + segment * CACHE_LINE
             for name, value in fields.items():
                 if isinstance(value, float):
                     value = struct.unpack("q", struct.pack("d", value))[0]
                 records[i, getattr(layout, name) // 8] = value
-            rows[i] = kernels[kernel], records[i].ctypes.data, self.barriers[i]
+            when = self.buffers.choice(node.layer) + Choice.sparse if node.branch else 0
+            rows[i] = kernels[kernel], records[i].ctypes.data, self.barriers[i], when, node.branch == "sparse", 0
             segment += self.barriers[i]
-        return Tape(rows, records, counts, self.buffers, self.activations), kernels["walk"]
+        nodes = [node for *_, node in self.ops]
+        return Tape(rows, records, counts, self.buffers.arrays, nodes, self.activations), kernels["walk"]
 
 
 def lower(
     graph: Graph,
-    file: GGUFFile,
+    tensors: Tensors,
     config: ModelConfig,
     cache: KVCache,
     rope_table: int,
@@ -329,4 +387,4 @@ def lower(
     rope_table: address of a RopeTable's array. sizes: the most "tokens" and "outputs" of one step.
     UnsupportedError names a tensor whose type no kernel computes.
     """
-    return _Lowering(graph, file, config, cache, rope_table, n_threads, sizes).tape(progress)
+    return _Lowering(graph, tensors, config, cache, rope_table, n_threads, sizes).tape(progress)

@@ -17,7 +17,7 @@ from .loads import (
     put_f32,
     store,
 )
-from .products import TOKENS, Product, product
+from .products import AHEAD, TOKENS, Product, product
 from .tape import finish, take
 from .tiles import tile_store
 from .vector import LANES, WIDE
@@ -26,12 +26,33 @@ from .weights import inline
 
 def build(family: str, variant: str) -> Any:
     """The kernel of a weight type: the loops around its product."""
-    return _kernel(product(variant))
+    p = product(variant)
+    return kernel(p, _fill(p))
 
 
-def _kernel(p: Product) -> Any:
-    row_dot, unpack, multiply, quantised, group = p.row_dot, p.unpack, p.multiply, p.group > 0, p.group
-    rows, tokens, tile_min, wide, lanes = LANES, TOKENS, TILE_MIN, WIDE, LANES
+def _fill(p: Product) -> Any:
+    """(w, row bytes, first row, panels, rows, quants, scales, minima, spare, k): unpack rows into panels."""
+    unpack, quantised, rows, wide = p.unpack, p.group > 0, LANES, WIDE
+    scale_bytes = 4 * LANES // p.group if p.group else 0
+
+    @inline
+    def fill(w, row_bytes, first, here, n, quants, scales, minima, spare, k):
+        for g in range(here):
+            for j in range(rows):
+                row = w + min(first + g * rows + j, n - 1) * row_bytes
+                if quantised:
+                    at = g * k * scale_bytes + j * 4
+                    unpack(row, quants + g * k * rows + j * 4, scales + at, minima + at, k)
+                else:
+                    unpack(row, quants + g * k * wide + j * 4, 0, 0, k)
+
+    return fill
+
+
+def kernel(p: Product, fill: Any, few: bool = True) -> Any:
+    """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows."""
+    row_dot, multiply, quantised, group = p.row_dot, p.multiply, p.group > 0, p.group
+    rows, tokens, tile_min, wide, lanes, ahead = LANES, TOKENS, TILE_MIN, WIDE, LANES, AHEAD
     args_of = MatMul
     sums_by_16 = group == 16
     scale_bytes = 4 * LANES // group if group else 0  # of the scales, a weight column
@@ -67,9 +88,9 @@ def _kernel(p: Product) -> Any:
                 for t in range(n_tok):
                     o = t * k
                     if quantised:
-                        value = row_dot(w + r * row_bytes, xq + o, xd + o, xn + o, xs + o, k)
+                        value = row_dot(w + r * row_bytes, xq + o, xd + o, xn + o, xs + o, k, ahead)
                     else:
-                        value = row_dot(w + r * row_bytes, xf + 4 * o, 0, 0, 0, k)
+                        value = row_dot(w + r * row_bytes, xf + 4 * o, 0, 0, 0, k, ahead)
                     put(args, out + (t * stride + r) * 4, r, value)
             finish(args)
         return n_chunks
@@ -104,28 +125,16 @@ def _kernel(p: Product) -> Any:
         xs = i64_at(args + args_of.xn) if sums_by_16 else i64_at(args + args_of.xs)
         tile_at = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
         quants = tile_at + tokens * wide
-        if quantised:
-            scales = quants + panels * k * rows
-            minima = scales + panels * k * scale_bytes
+        scales = quants + panels * k * rows
+        minima = scales + panels * k * scale_bytes
+        spare = minima + panels * k * scale_bytes
         n_chunks = (n + panels * rows - 1) // (panels * rows)
         while True:
             first = take(args, turn, n_chunks) * panels * rows
             if first < 0:
                 break
             here = min(panels, (n - first + rows - 1) // rows)
-            for g in range(here):
-                for j in range(rows):
-                    r = min(first + g * rows + j, n - 1)
-                    if quantised:
-                        unpack(
-                            w + r * row_bytes,
-                            quants + g * k * rows + j * 4,
-                            scales + g * k * scale_bytes + j * 4,
-                            minima + g * k * scale_bytes + j * 4,
-                            k,
-                        )
-                    else:
-                        unpack(w + r * row_bytes, quants + g * k * wide + j * 4, 0, 0, k)
+            fill(w, row_bytes, first, here, n, quants, scales, minima, spare, k)
             for t0 in range(0, n_tok, tokens):
                 p = t0 // tokens
                 for g in range(here):
@@ -149,7 +158,7 @@ def _kernel(p: Product) -> Any:
 
     def matmul(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
-        if n_tok < tile_min:
+        if few and n_tok < tile_min:
             return by_rows(args, n_tok, turn)
         return by_tiles(args, n_tok, ith, turn)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import TILE_MIN, Pack
+from .layout import TILE_MIN, Choice, Pack
 from .loads import f32_at, f64_at, i64_at, load_f32, put_f32, store, store_dwords
 from .products import TOKENS
 from .simd import hmax, hsum, narrow_i8, part, round_to_i32, splat_f32, splat_i32, to_f32, vabs, where_less
@@ -75,9 +75,10 @@ def masked(h, a, threshold, scores, cut, n):
 def build(family: str, variant: str) -> Any:
     """`pack`: src as it is. `activate:NAME`: act(src) * second, gate and up; without a second, act(src).
 
-    Neurons that the sparse rules leave out become 0, so that a dense step gives what a sparse one would.
+    Neurons that the sparse rules leave out become 0, so that a dense step gives what a sparse one would. With a choice,
+    the arrays hold only the listed neurons.
     """
-    args_of = Pack
+    args_of, choice_of = Pack, Choice
     activate = family == "activate"
     act = gate(variant or "relu")
     both = variant == "drelu"
@@ -103,6 +104,9 @@ def build(family: str, variant: str) -> Any:
         xq, xd, xn = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xn)
         xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
         quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
+        choice = i64_at(args + args_of.choice)
+        if choice != 0:
+            k = i64_at(choice + choice_of.count)
         parts = (k + segment - 1) // segment
         n_chunks = n_tok * parts
         while True:

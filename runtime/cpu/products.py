@@ -34,9 +34,10 @@ AHEAD = 8192  # bytes that row products prefetch ahead: two pages, where the har
 class Product:
     """What the matmul kernel is built around.
 
-    row_dot: (weights, xq, xd, xn, xs, k) -> float, one row with one token; float types read xf at xq. unpack: (weights,
-    quants, scales, minima, k), one row into its column of a panel. multiply: (quants, scales, minima, xq, xd, xs, k) ->
-    tile, a panel of rows with a panel of tokens. group: weights that share a scale in a panel, 0 for float types.
+    row_dot: (weights, xq, xd, xn, xs, k, ahead) -> float, one row with one token, fetching what is `ahead` bytes from
+    each weight; float types read xf at xq. unpack: (weights, quants, scales, minima, k), one row into its column of a
+    panel. multiply: (quants, scales, minima, xq, xd, xs, k) -> tile, a panel of rows with a panel of tokens. group:
+    weights that share a scale in a panel, 0 for float types.
     """
 
     row_dot: Any
@@ -97,7 +98,6 @@ def _plain(t: Plain) -> Product:
     negative_offset = -float(t.offset)
     wide = WIDE
     two, four = 2 * size, 4 * size
-    ahead = AHEAD
 
     add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
 
@@ -116,7 +116,7 @@ def _plain(t: Plain) -> Product:
         return add_64(pair(p, p + size), q, d, n, s, scale, minimum, acc)
 
     @inline
-    def row_dot_64(p, q, d, n, s, k):
+    def row_dot_64(p, q, d, n, s, k, ahead):
         a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
         i = 0
         while i + 128 <= k:
@@ -135,7 +135,7 @@ def _plain(t: Plain) -> Product:
         return total
 
     @inline
-    def row_dot_32(p, q, d, n, s, k):
+    def row_dot_32(p, q, d, n, s, k, ahead):
         a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
         i = 0
         while i + 64 <= k:
@@ -173,7 +173,6 @@ def _super(t: Super) -> Product:
     negative_offset = -float(t.offset)
     wide = WIDE
     n_sub = 256 // group
-    ahead = AHEAD
     repeat = group // 4  # lanes that share a scale
 
     add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
@@ -183,7 +182,7 @@ def _super(t: Super) -> Product:
     c1, c2, c3 = (i * 32 // group for i in (1, 2, 3))
 
     @inline
-    def row_dot_64(p, q, d, n, s, k):
+    def row_dot_64(p, q, d, n, s, k, ahead):
         a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
         for i in range(0, k, 256):
             prefetch(p + ahead, size)
@@ -226,7 +225,7 @@ def _super(t: Super) -> Product:
     half_sub = n_sub // 2
 
     @inline
-    def row_dot_32(p, q, d, n, s, k):
+    def row_dot_32(p, q, d, n, s, k, ahead):
         a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
         for i in range(0, k, 256):
             prefetch(p + ahead, size)
@@ -263,7 +262,7 @@ def _super(t: Super) -> Product:
 def _float(name: str) -> Product:
     size = FLOAT[name]
     load = {"F32": load_f32, "F16": load_f16, "BF16": load_bf16}[name]
-    lanes, wide, tokens, ahead = LANES, WIDE, TOKENS, AHEAD
+    lanes, wide, tokens = LANES, WIDE, TOKENS
     step = 2 * LANES * size
 
     @inline
@@ -271,7 +270,7 @@ def _float(name: str) -> Product:
         return hsum(load(p, 1))
 
     @inline
-    def row_dot(p, x, d, n, s, k):
+    def row_dot(p, x, d, n, s, k, ahead):
         a, b = splat_f32(0.0, lanes), splat_f32(0.0, lanes)
         i = 0
         while i + 2 * lanes <= k:

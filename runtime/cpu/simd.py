@@ -206,6 +206,28 @@ def where_less(typingctx, a, b, yes, no):
     return yes(a, b, yes, no), codegen
 
 
+@intrinsic
+def bits_less(typingctx, a, b):
+    """One bit a lane, the first lowest: whether a < b."""
+
+    def codegen(context, bd, sig, args):
+        flags = bd.fcmp_ordered("<", args[0], args[1])
+        return bd.zext(bd.bitcast(flags, ir.IntType(a.n)), I64)
+
+    return types.int64(a, b), codegen
+
+
+def _count_bits(name, *extra):
+    @intrinsic
+    def apply(typingctx, x):
+        return types.int64(types.int64), lambda c, b, sig, args: call(b, f"llvm.{name}.i64", I64, args[0], *extra)
+
+    return apply
+
+
+count_ones, lowest_bit = _count_bits("ctpop"), _count_bits("cttz", ir.Constant(ir.IntType(1), 1))
+
+
 def _reduce(name, start=None):
     @intrinsic
     def apply(typingctx, v):

@@ -5,6 +5,8 @@ from the op's counter until none is left, so a slow core holds nobody up. The ro
 one count of finished chunks: a thread goes on when that count is full, whether or not the other threads have come by.
 One that comes late (its core was lent to somebody else) finds nothing to take and catches up.
 
+A row may have a condition, an integer that an earlier segment wrote; every thread then skips it, or none does.
+
 A counter holds the number of its step, the *turn*, above bit 32, so that a thread that is late by a whole step cannot
 take work of the next. After its last row, thread 0 sets all counters to the next turn.
 """
@@ -13,9 +15,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .atomics import atomic_add, atomic_get, atomic_put, atomic_swap, call_kernel, call_plain, pause
+from .atomics import atomic_add, atomic_get, atomic_put, atomic_swap, call_kernel, call_plain, pause, ticks
 from .layout import Row
-from .loads import i64_at
+from .loads import i64_at, put_i64
 from .weights import inline
 
 _SPINS = 2000  # polls of a count before the core is offered to others
@@ -45,10 +47,13 @@ def build(family: str, variant: str) -> Any:
 
     def walk(tape, n_rows, step, ith, turn, yield_function):
         expected = 0
+        now = ticks()
         for i in range(n_rows):
             row = tape + i * row_bytes
             args = i64_at(row + row_of.args)
-            expected += call_kernel(i64_at(row + row_of.kernel), args, step, ith, turn)
+            when = i64_at(row + row_of.when)
+            if when == 0 or atomic_get(when) == i64_at(row + row_of.want):
+                expected += call_kernel(i64_at(row + row_of.kernel), args, step, ith, turn)
             if i64_at(row + row_of.barrier) != 0:
                 polls = 0
                 while atomic_get(i64_at(args + 8)) < expected:
@@ -60,6 +65,10 @@ def build(family: str, variant: str) -> Any:
                     else:
                         call_plain(yield_function)
                 expected = 0
+            if ith == 0:
+                before = now
+                now = ticks()
+                put_i64(row + row_of.ticks, i64_at(row + row_of.ticks) + now - before)
         if ith == 0:
             for i in range(n_rows):
                 args = i64_at(tape + i * row_bytes + row_of.args)

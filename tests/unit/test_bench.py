@@ -60,7 +60,8 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
     class Engine(fakes.FakeEngine):
-        def __init__(self, path: Path, *, n_ctx: int, n_threads: int | None, progress: Any) -> None:
+        def __init__(self, path: Path, *, n_ctx: int, n_threads: int | None, sparsity: str, progress: Any) -> None:
+            assert sparsity == "auto"
             super().__init__(lambda tokens: None, n_ctx)
             self.n_threads = n_threads or 2
             made.append(self)
@@ -124,6 +125,7 @@ def test_bench_json(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., P
     assert report["model"] == str(tiny_model()) and report["threads"] == 2
     for key in ("prompt_tok_s", "decode_tok_s", "load_s", "first_token_s"):
         assert report[key] > 0
+    assert report["ffn"]["sparsity"] == "dense" and report["ffn"]["active"] == 1
     assert report["peak_rss_bytes"] is None or report["peak_rss_bytes"] > 1 << 20
     assert "peer" not in report
 

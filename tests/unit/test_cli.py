@@ -160,9 +160,10 @@ def test_starting_imports_little() -> None:
 
 
 def test_run_prints_only_the_text(fake_llm: list[Any]) -> None:
-    result = invoke("run", "m", "-p", "x?", "--temp", "0", "-c", "77", "-t", "3")
+    options = ("--temp", "0", "-c", "77", "-t", "3", "--sparsity", "threshold=0.5")
+    result = invoke("run", "m", "-p", "x?", *options)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Hello\n", "")
-    assert fake_llm[0][0] == ("m", 77, 3)
+    assert fake_llm[0][0] == ("m", 77, 3, "threshold=0.5")
 
 
 def test_run_reads_its_prompt_from_anywhere(fake_llm: list[Any], tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""The memory of a tape: values between ops, their packed forms, converted vectors and scratch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...formats.config import ModelConfig
+from ...formats.errors import UnsupportedError
+from ..graph import Graph
+from ..memory import aligned
+from ..tensors import Tensors
+from .layout import KV_BLOCK, PANEL_ROWS, TILE_MIN, Choice, packed_bytes, panel_bytes
+
+FLOATS = ("F32", "F16", "BF16")
+GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"), 32)
+GROUPS |= dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)
+BLOCKS = {kind: 256 if kind.endswith("_K") else 32 if group else 1 for kind, group in GROUPS.items()}  # weights
+MATMULS = ("matmul", "matmul_t", "rows")  # ops that read packed activations
+DOWN_COLUMNS = 1024  # outputs whose sums a thread keeps at hand
+PANEL_CACHE = 512 << 10  # bytes of unpacked weights that a thread keeps at hand (half of a common L2 cache)
+
+
+class Buffers:
+    """Buffers by name, made when first asked for.
+
+    kinds: of each value, the types of the weights that it meets. sizes: the most "tokens" and "outputs" of one step.
+    """
+
+    def __init__(
+        self, graph: Graph, tensors: Tensors, config: ModelConfig, n_threads: int, sizes: dict[str, int]
+    ) -> None:
+        self.graph, self.tensors, self.config, self.sizes = graph, tensors, config, sizes
+        self.arrays: dict[str, np.ndarray] = {}
+        self.kinds: dict[str, set[str]] = {}
+        for node in graph.nodes:
+            if node.op in MATMULS:
+                self.kinds.setdefault(node.reads[0], set()).add(self.kind(node.weight))
+        self.scratch_bytes = self._scratch()
+        self.arrays["scratch"] = aligned(n_threads * self.scratch_bytes)
+
+    def kind(self, tensor: str) -> str:
+        """Type name of a weight, refused if no kernel computes it."""
+        name = self.tensors.info(tensor).type.name
+        if name not in GROUPS:
+            raise UnsupportedError(
+                f"{self.tensors.source(tensor)}: tensor {tensor} has type {name}, which hotcold does not compute; "
+                f"supported: {', '.join(GROUPS)}"
+            )
+        return name
+
+    def floats(self, value: str) -> int:
+        """Address of a float32 value [tokens, width]."""
+        if value not in self.arrays:
+            n_rows = {"logits": self.sizes["outputs"], "picked": TILE_MIN}.get(value, self.sizes["tokens"])
+            self.arrays[value] = aligned(n_rows * self.graph.widths[value] * 4)
+        return self.arrays[value].ctypes.data
+
+    def packed(self, value: str) -> dict[str, int]:
+        """Addresses of a packed value's arrays, and which of them its readers need."""
+        kinds = self.kinds.get(value, set())
+        out = {"quantised": int(any(k not in FLOATS for k in kinds)), "floats": int(any(k in FLOATS for k in kinds))}
+        for want, quantised in (("quantised", True), ("floats", False)):
+            if out[want]:
+                for name, nbytes in packed_bytes(self.graph.widths[value], self.sizes["tokens"], quantised).items():
+                    key = f"{value}.{name}"
+                    if key not in self.arrays:
+                        self.arrays[key] = aligned(nbytes, zero=True)
+                    out[name] = self.arrays[key].ctypes.data
+        return out
+
+    def vector(self, tensor: str) -> int:
+        """Address of a float32 vector (norm weights, biases); other float types are converted once."""
+        if self.tensors.info(tensor).type.name == "F32":
+            return self.tensors.address(tensor)
+        key = f"vector.{tensor}"
+        if key not in self.arrays:
+            self.arrays[key] = np.ascontiguousarray(self.tensors.dequantized(tensor), np.float32)
+        return self.arrays[key].ctypes.data
+
+    def choice(self, layer: int) -> int:
+        """Address of a layer's Choice record."""
+        if "choices" not in self.arrays:
+            self.arrays["choices"] = aligned(self.config.n_layer * 8 * len(Choice), zero=True)
+        return int(self.arrays["choices"].ctypes.data) + layer * 8 * len(Choice)
+
+    def list(self) -> int:
+        """Address of the list of active neurons, int32; layers share it."""
+        if "list" not in self.arrays:
+            self.arrays["list"] = aligned(4 * self.config.n_ff)
+        return int(self.arrays["list"].ctypes.data)
+
+    def zeros(self, n: int) -> int:
+        """Address of n float32 zeros."""
+        if "zeros" not in self.arrays:
+            self.arrays["zeros"] = aligned(4 * n, zero=True)
+        return self.arrays["zeros"].ctypes.data
+
+    def _scratch(self) -> int:
+        """Scratch bytes a thread: the largest of what any op needs."""
+        c, need = self.config, max(self.graph.widths.values()) * 4
+        for node in self.graph.nodes:
+            if node.op in ("matmul", "matmul_t"):
+                info = self.tensors.info(node.weight)
+                k, group = info.shape[0], GROUPS[self.kind(node.weight)]
+                if node.op == "matmul_t":
+                    k, panels = info.n_rows, t_panels(self.kind(node.weight))
+                    need = max(need, panels * panel_bytes(k, min(group, 1) * 32) + 32 * 256 * 4)
+                need = max(need, PANEL_CACHE, panel_bytes(k, group))
+            elif node.op == "down":
+                need = max(need, TILE_MIN * DOWN_COLUMNS * 4)
+        attention = 128 + 4 * KV_BLOCK * 4 * 2 + 4 * (c.head_dim_v + PANEL_ROWS) * 4 + 4 * c.head_dim_k * 4
+        return -(-(max(need, attention) + 4096) // 4096) * 4096
+
+    def scratch(self) -> dict[str, int]:
+        """The fields of an op that uses scratch."""
+        return {"scratch": self.arrays["scratch"].ctypes.data, "scratch_bytes": self.scratch_bytes}
+
+
+def t_panels(kind: str) -> int:
+    """Panels that matmul_t makes at a time, at most: those of a whole block of columns, by the smallest vectors."""
+    return -(-BLOCKS[kind] // 8)

@@ -1,0 +1,55 @@
+"""ffn_down by neurons (`ffn_down_t`), made at load for a model whose section does not bring it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..formats.types import GGMLType
+from .cpu import jit
+from .cpu.layout import Row, Transpose
+from .cpu.threads import ThreadPool
+from .memory import aligned
+from .tensors import Tensors
+
+_FLOATS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
+
+
+def add_down_t(
+    tensors: Tensors, n_layer: int, n_threads: int, progress: Callable[[str], None] | None = None
+) -> None:
+    """Add `blk.N.ffn_down_t.weight` [n_embd, n_ff] of every layer: float types as they are, quantised ones as Q8_0."""
+    names = [f"blk.{layer}.ffn_down" for layer in range(n_layer)]
+    kinds = {tensors.info(f"{name}.weight").type.name for name in names} - set(_FLOATS)
+    kernels = jit.load(["walk", *(f"transpose:{kind}" for kind in sorted(kinds))], progress=progress) if kinds else {}
+    for name in names:
+        info = tensors.info(f"{name}.weight")
+        n_ff, n_embd = info.shape
+        kind = info.type
+        if kind.name in _FLOATS:
+            data = tensors.data(f"{name}.weight").view(_FLOATS[kind.name])
+            made = np.ascontiguousarray(data.reshape(n_embd, n_ff).T).view(np.uint8).reshape(-1)
+        else:
+            made = aligned(n_ff * n_embd // 32 * 34)
+            fields = {"w": tensors.address(f"{name}.weight"), "k": n_ff, "n": n_embd, "row_bytes": info.row_size}
+            _run(kernels["walk"], kernels[f"transpose:{kind.name}"], fields | {"out": made.ctypes.data}, n_threads)
+            kind = GGMLType.Q8_0
+        tensors.add(f"{name}_t.weight", (n_embd, n_ff), kind, made)
+
+
+def _run(walker: int, kernel: int, fields: dict[str, int], n_threads: int) -> None:
+    """Walk a tape of one row."""
+    need = 32 * fields["k"] * 4 + 64
+    scratch, done = aligned(n_threads * need), aligned(64, zero=True)
+    record = aligned(8 * len(Transpose), zero=True).view(np.int64)
+    fields |= {"scratch": scratch.ctypes.data, "scratch_bytes": need, "done": done.ctypes.data}
+    for name, value in fields.items():
+        record[getattr(Transpose, name) // 8] = value
+    row = np.zeros(len(Row), np.int64)
+    row[:3] = kernel, record.ctypes.data, 1
+    pool = ThreadPool(walker, n_threads)
+    try:
+        pool.run(row.ctypes.data, 1, 0)
+    finally:
+        pool.close()

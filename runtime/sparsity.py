@@ -1,0 +1,113 @@
+"""Which neurons of an FFN a step computes: the modes that a user may ask for, and the plan for a model.
+
+exact: those whose activation is not zero. threshold: those whose |act(gate)| reaches the layer's threshold, chosen
+for a density. predict: those that a small predictor expects to be active. The last two change the output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..formats.config import ModelConfig
+from ..formats.errors import ParameterError
+from ..formats.section import Section
+
+MODES = "auto, dense, exact, threshold=D (0 < D <= 1) or predict"
+ZEROS = ("relu", "relu2", "drelu")  # activations that are exactly zero for a gate below zero
+_SMALLEST = float(np.finfo(np.float32).tiny)
+# The longest list of neurons, as a share of all, for which one token is computed sparsely; measured (BENCHMARKS.md).
+CROSSOVER = 0.85
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """A mode as asked for; density only counts for "threshold"."""
+
+    kind: str
+    density: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Sparsity:
+        """From `auto`, `dense`, `exact`, `threshold=D` or `predict`; ParameterError for anything else."""
+        kind, _, value = text.strip().lower().partition("=")
+        if kind in ("auto", "dense", "exact", "predict") and not value:
+            return cls(kind)
+        try:
+            density = float(value)
+        except ValueError:
+            density = 0.0
+        if kind != "threshold" or not 0.0 < density <= 1.0:
+            raise ParameterError(f"sparsity: got {text!r:.40}, wanted {MODES}")
+        return cls(kind, density)
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.density:g}" if self.kind == "threshold" else self.kind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model's FFNs are computed sparsely; layers without a plan are dense.
+
+    thresholds: by layer, of |act(gate)|. predictor: "relu" or "dejavu", or "" where gates decide; predictor_input:
+    "ffn_norm" or "residual". limit: the most neurons a sparse step may list. dense_from_t: dense steps use ffn_down_t
+    too, because the section brought it and its rounding is not quite that of ffn_down.
+    """
+
+    sparsity: Sparsity
+    thresholds: tuple[float, ...]
+    limit: int
+    predictor: str = ""
+    predictor_input: str = "ffn_norm"
+    dense_from_t: bool = False
+
+
+def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan | None:
+    """The plan for a model, or None for a dense one.
+
+    auto is exact where activations have zeros, and else dense; of a model whose section brings ffn_down_t, dense is the
+    plan that lists all neurons. ParameterError if the model or its section does not have what the mode needs.
+    """
+    zeros = config.activation in ZEROS
+    if wanted.kind == "auto":
+        wanted = Sparsity("exact" if zeros else "dense")
+    from_section = section is not None and section.has_down_t()
+    if wanted.kind == "dense":
+        return Plan(wanted, (0.0,) * config.n_layer, config.n_ff, dense_from_t=True) if from_section else None
+    limit = config.n_ff if from_section else int(CROSSOVER * config.n_ff)
+    exact = (_SMALLEST if zeros else 0.0,) * config.n_layer
+    if wanted.kind == "exact":
+        if not zeros:
+            raise ParameterError(
+                f"sparsity: got exact, but {config.activation} is never zero in {config.name!r:.60}; "
+                f"wanted auto, dense or threshold=D, or a model made by `hotcold relufy`"
+            )
+        return Plan(wanted, exact, limit, dense_from_t=from_section)
+    if wanted.kind == "threshold":
+        return Plan(wanted, _thresholds(wanted.density, section), limit, dense_from_t=from_section)
+    predictors = section.predictors() if section else None
+    if predictors is None:
+        raise ParameterError(
+            "sparsity: got predict, but the model has no predictors; `hotcold train-predictor` makes them"
+        )
+    return Plan(wanted, exact, limit, predictors.kind, predictors.input, from_section)
+
+
+def _thresholds(density: float, section: Section | None) -> tuple[float, ...]:
+    """Each layer's threshold at a density, interpolated between those that the section has."""
+    table = section.thresholds() if section else None
+    if table is None:
+        raise ParameterError(
+            f"sparsity: got threshold={density:g}, but the model has no thresholds; `hotcold sparsify` makes them"
+        )
+    known = np.concatenate([[1.0], table.densities]).astype(np.float64)  # at density 1 nothing is left out
+    values = np.vstack([np.zeros((1, table.values.shape[1])), table.values])
+    if density < known.min():
+        raise ParameterError(
+            f"sparsity: got threshold={density:g}, wanted at least {known.min():g}, the lowest density that "
+            f"`hotcold sparsify` was run for; run it with --density {density:g}"
+        )
+    order = np.argsort(known)
+    return tuple(float(np.interp(density, known[order], layer[order])) for layer in values.T)
+

@@ -1,0 +1,106 @@
+"""What the FFNs have done so far: active neurons, bytes of weights read, and the predictors' share of the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .cpu.layout import Choice, Row
+
+if TYPE_CHECKING:
+    from ..formats.config import ModelConfig
+    from .cpu.lower import Tape
+    from .sparsity import Plan
+    from .tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Sums over all steps and layers of an engine; the difference of two is what happened between.
+
+    steps: steps taken. places, active: (token, neuron) pairs in all, and those active; both 0 for a dense engine.
+    ffn_bytes: bytes of FFN weights read, predictors included; dense_bytes: what a dense engine would have read.
+    ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors and selections.
+    """
+
+    steps: int = 0
+    places: int = 0
+    active: int = 0
+    ffn_bytes: int = 0
+    dense_bytes: int = 0
+    ticks: int = 0
+    predictor_ticks: int = 0
+
+    def __sub__(self, other: Usage) -> Usage:
+        return Usage(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def density(self) -> float:
+        """Active share of the neurons; 1 for a dense engine."""
+        return self.active / self.places if self.places else 1.0
+
+    @property
+    def step_bytes(self) -> float:
+        """Bytes of FFN weights that a step reads."""
+        return self.ffn_bytes / max(1, self.steps)
+
+    @property
+    def byte_share(self) -> float:
+        """Bytes of FFN weights read, over those that a dense engine reads."""
+        return self.ffn_bytes / self.dense_bytes if self.dense_bytes else 1.0
+
+    @property
+    def predictor_share(self) -> float:
+        """Predictors' and selections' share of the time; 0 where the machine has no clock that a program may read."""
+        return self.predictor_ticks / self.ticks if self.ticks else 0.0
+
+
+def usage(tape: Tape, tensors: Tensors, config: ModelConfig, plan: Plan | None, steps: int) -> Usage:
+    """The usage of a tape since it was made."""
+    sizes = [_sizes(tensors, layer) for layer in range(config.n_layer)]
+    dense = sum(size["ffn_gate"] + size["ffn_up"] + size["ffn_down"] for size in sizes)
+    if plan is None:
+        return Usage(steps, ffn_bytes=steps * dense, dense_bytes=steps * dense)
+    choices = tape.buffers["choices"].view(np.int64).reshape(-1, len(Choice))
+    active, tokens, sparse_steps, listed, dense_steps = (
+        choices[:, getattr(Choice, name) // 8]
+        for name in ("active", "tokens", "sparse_steps", "listed", "dense_steps")
+    )
+    read = 0
+    for layer, size in enumerate(sizes):
+        always = size["ffn_pred_a"] + size["ffn_pred_b"] if plan.predictor else size["ffn_gate"]
+        by_list = (0 if not plan.predictor else size["ffn_gate"]) + size["ffn_up"] + size["ffn_down_t"]
+        whole = size["ffn_gate"] + size["ffn_up"] + size["ffn_down_t" if plan.dense_from_t else "ffn_down"]
+        if plan.predictor:
+            whole += always
+        read += int(sparse_steps[layer]) * always + int(listed[layer]) * by_list // config.n_ff
+        read += int(dense_steps[layer]) * whole
+    ticks = tape.rows[:, Row.ticks // 8]
+    predicting = [
+        node.op == "select" or (node.op in ("matmul", "activate", "pack") and _predicts(node.weight, node.reads))
+        for node in tape.nodes
+    ]
+    return Usage(
+        steps,
+        int(tokens.sum()) * config.n_ff,
+        int(active.sum()),
+        read,
+        steps * dense,
+        int(ticks.sum()),
+        int(ticks[predicting].sum()),
+    )
+
+
+def _predicts(weight: str, reads: tuple[str, ...]) -> bool:
+    return "ffn_pred" in weight or (len(reads) == 1 and reads[0].startswith("r"))
+
+
+def _sizes(tensors: Tensors, layer: int) -> dict[str, int]:
+    """Bytes of a layer's FFN matrices; ffn_down counts as ffn_down_t where there is no other."""
+    names = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "ffn_pred_a", "ffn_pred_b")
+    found = {name: f"blk.{layer}.{name}.weight" for name in names}
+    sizes = {name: tensors.info(full).nbytes if full in tensors else 0 for name, full in found.items()}
+    sizes["ffn_down"] = sizes["ffn_down"] or sizes["ffn_down_t"]
+    return sizes
