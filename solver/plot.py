@@ -35,7 +35,7 @@ def plot_cdf(freq: np.ndarray, title: str, path: Path) -> None:
     axes.plot([0, skew, skew], [MOST * 100, MOST * 100, 0], color="crimson", linewidth=1, linestyle="--")
     place = (skew + 2, 8) if skew < 55 else (skew - 2, 8)
     axes.annotate(
-        f"{skew:.0f} % of the neurons give\n{MOST:.0%} of the activations",
+        f"{skew:.0f} % of the neurons give\n{MOST * 100:.0f} % of the activations",
         place, color="crimson", fontsize=9, ha="left" if skew < 55 else "right",
     )  # fmt: skip
     axes.set(xlim=(0, 100), ylim=(0, 100.5), xlabel="neurons, most active first (%)", ylabel="share of activations (%)")

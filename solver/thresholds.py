@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..formats.config import ModelConfig
+from ..formats.gguf import GGUFFile
+from ..formats.section_file import Contents, SectionTensor
+from ..formats.types import GGMLType
+from . import transpose
 from .corpus import N_CTX, Corpus
 from .neurons import ACTIVATIONS, Rule, hidden
 
@@ -85,12 +91,16 @@ def _nearer(below: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def cheapest(found: Histograms, density: float) -> np.ndarray:
     """Thresholds float32 [n_layer] of that mean density over all layers with the least error in all.
 
-    Every layer minimises error + price * neurons kept, with one price for all, found by bisection.
+    Every layer minimises error + price * neurons kept, with one price for all, found by bisection. Errors of later
+    layers count more, by the root of the layer's number: fewer layers are left to mend them. On SmolLM2 (8,192 tokens,
+    perplexity 30.0) densities of 0.7, 0.5 and 0.3 gave 32.5, 37.6 and 77 so, 32.5, 38.2 and 86 without that factor,
+    and 32.2, 38.8 and 82 with the same density in every layer.
     """
     total = found.count.sum(axis=1, keepdims=True)
     zero = np.zeros((len(total), 1))
     kept = np.hstack([total, total - np.cumsum(found.count, axis=1)])  # kept[:, k]: with the first k bins dropped
-    error = np.hstack([zero, np.cumsum(found.error, axis=1)])
+    late = np.sqrt(np.arange(1, len(total) + 1))[:, None]
+    error = np.hstack([zero, np.cumsum(found.error, axis=1) * late])
     low, high = 0.0, float(error[:, -1].max()) + 1.0
     for _ in range(_BISECTIONS):
         price = np.sqrt(low * high) if low > 0 else high / 2**20
@@ -122,3 +132,34 @@ def rule(found: Histograms, activation: str, density: float) -> Rule:
 def table(found: Histograms, wanted: Sequence[float], how: Callable[[Histograms, float], np.ndarray]) -> np.ndarray:
     """Thresholds float32 [n_densities, n_layer] by one of the two ways above."""
     return np.array([how(found, density) for density in wanted], np.float32)
+
+
+def contents(wanted: Sequence[float], values: np.ndarray) -> Contents:
+    """Thresholds float32 [n_densities, n_layer] for densities, descending, as a part of a section."""
+    data = np.ascontiguousarray(values, "<f4")
+    tensor = SectionTensor("ffn_thresholds", data.shape[::-1], GGMLType.F32, partial(data.view, np.uint8))
+    return Contents({"hotcold.threshold.densities": [float(density) for density in wanted]}, [tensor])
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Bytes of FFN weights that one token reads: gate always, up and down for active neurons only."""
+
+    gate: int
+    up: int
+    down_t: int
+    dense: int
+
+    def at(self, density: float) -> float:
+        """Bytes at a share of active neurons."""
+        return self.gate + density * (self.up + self.down_t)
+
+
+def reads(file: GGUFFile, config: ModelConfig) -> Reads:
+    """Of all layers together."""
+    layers = range(config.n_layer)
+    gate, up, down = (
+        sum(file.tensors[f"blk.{n}.ffn_{part}.weight"].nbytes for n in layers) for part in ("gate", "up", "down")
+    )
+    down_t = sum(tensor.nbytes for tensor in transpose.contents(file, config).tensors)
+    return Reads(gate, up, down_t, gate + up + down)

@@ -14,6 +14,10 @@ from .console import download_bar, human_bytes, note
 
 if TYPE_CHECKING:
     from ..formats.section_file import Contents
+    from ..runtime.engine import Engine
+    from ..solver.corpus import Corpus
+
+WINDOW = 512  # tokens, for perplexity
 
 Texts = Annotated[
     list[Path] | None,
@@ -49,3 +53,23 @@ def save(model: Path, contents: Contents, sidecar: bool) -> Path:
     size = sum(tensor.nbytes for tensor in contents.tensors)
     note(f"{human_bytes(size)} {'attached to' if where == model else 'written to'} {where}")
     return where
+
+
+def perplexity(engine: Engine, text: Corpus) -> float | None:
+    """Of the whole windows of a text; None, and a note, where it has none."""
+    from ..solver import perplexity as estimator
+
+    window = min(WINDOW, engine.n_ctx)
+    total = len(text) // window
+    if not total or window < 8:
+        note(f"{len(text)} held-out tokens are too few for perplexity: wanted at least {window}")
+        return None
+    with token_bar("perplexity, windows", total) as progress:
+        done = 0
+
+        def advance(_: object) -> None:
+            nonlocal done
+            done += 1
+            progress(done)
+
+        return estimator.perplexity(engine, text.ids.tolist(), window, text.bos, total, advance).ppl

@@ -63,7 +63,7 @@ def profile(
         name = "exact" if prior.source.startswith("PowerInfer") else f"threshold={density:g}"
         freq, counted, dataset = prior.freq, prior.tokens, prior.source
     else:
-        with console.open_engine(str(path), None, threads) as engine:
+        with console.open_engine(str(path), None, threads, "dense", use_section=False) as engine:
             corpus, rule = _prepare(engine, texts or [], tokens, threshold)
             freq, kept = _count(engine, corpus, rule)
         counted, dataset, name = len(corpus), corpus.name, rule.name
