@@ -50,6 +50,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     for row in (
         # Llama 1-3, Mistral, SmolLM2, TinyLlama, Yi: their files all say "llama".
         Architecture("llama", "norm", "silu", _MODEL, _MODEL_OPTIONAL, _BLOCK, {**_QKV_BIAS, **_OUTPUT_BIAS}),
+        # SJTU's Bamboo is Mistral with ReLU on gate and up; only PowerInfer's llama.cpp names it.
+        Architecture("bamboo", "norm", "drelu", _MODEL, _MODEL_OPTIONAL, _BLOCK, {}),
         Architecture("qwen2", "neox", "silu", _MODEL, _MODEL_OPTIONAL, {**_BLOCK, **_QKV_BIAS}, {}),
     )
 }

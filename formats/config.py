@@ -12,6 +12,7 @@ from .architectures import Architecture, Shape, lookup
 from .errors import FormatError, UnsupportedError
 from .gguf import GGUFFile
 from .gguf_header import show
+from .powerinfer import FAMILIES, check_predictors, own_block
 
 MAX_INT = 2**31 - 1  # the largest int32: positions and token ids are of that type
 _SCALING_KINDS = ("none", "linear", "yarn")
@@ -82,6 +83,8 @@ class _Reader:
             self.row: Architecture = lookup(arch)
         except UnsupportedError as error:
             raise self.unsupported(str(error)) from None
+        if file.powerinfer and arch not in FAMILIES:
+            raise self.unsupported(f"PowerInfer files of architecture {show(arch)} are not supported")
         self.n_layer = self.integer("block_count", 1)
 
     def error(self, key: str, got: object, wanted: object) -> FormatError:
@@ -220,7 +223,8 @@ class _Reader:
     def activation(self) -> str:
         """The FFN's activation function: what the file says, or else what the family has."""
         key = f"{self.row.name}.hidden_activation"
-        said = self.file.get(key, self.row.activation, str)
+        default = FAMILIES[self.row.name] if self.file.powerinfer else self.row.activation
+        said = self.file.get(key, default, str)
         if said not in _ACTIVATIONS:
             raise self.unsupported(f"{key} = {show(said)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[said]
@@ -256,6 +260,8 @@ class _Reader:
         wanted: dict[str, Shape] = dict(row.model_required)
         wanted |= {name: shape for name, shape in row.model_optional.items() if name in tensors}
         block = dict(row.block_required) | {name: row.block_optional[name] for name in optional}
+        if self.file.powerinfer:
+            block = own_block(block)
         if self.n_layer * len(block) > len(tensors):  # before n_layer is used as a loop count
             wanted_layers = f"at most {len(tensors) // len(block)}, as there are {len(tensors)} tensors"
             raise self.error(f"{row.name}.block_count", self.n_layer, wanted_layers)
@@ -266,8 +272,11 @@ class _Reader:
             if info is None or info.shape != expected:
                 got = "no such tensor" if info is None else f"shape {info.shape}"
                 raise FormatError(self.file.path, f"tensor {show(name)}", got, f"shape {expected}")
+        known = set(wanted)
+        if self.file.powerinfer:
+            known |= check_predictors(self.file, config.n_layer, config.n_embd, config.n_ff)
         for name in tensors:
-            if name not in wanted:
+            if name not in known:
                 raise self.unsupported(f"tensor {show(name)} is not one that {row.name} models are run with")
 
 

@@ -31,6 +31,7 @@ class GGUFFile:
     """
 
     path: Path
+    powerinfer: bool  # one of PowerInfer's own files (powerinfer.py)
     version: int
     alignment: int
     data_offset: int
@@ -43,7 +44,7 @@ class GGUFFile:
         self._bytes: NDArray[np.uint8] | None = None
         try:
             header = Header(self.path, self._map)
-            self.version, self.alignment = header.version, header.alignment
+            self.powerinfer, self.version, self.alignment = header.powerinfer, header.version, header.alignment
             self.metadata, self.tensors = header.metadata, header.tensors
             self.data_offset = header.data_offset
             self._bytes = np.frombuffer(self._map, np.uint8)

@@ -36,6 +36,9 @@ _SCALARS: dict[int, tuple[str, struct.Struct]] = {
     12: ("<f8", struct.Struct("<d")),
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+# PowerInfer branched off when ggml's types from 16 on were these; those numbers mean others today.
+_FIRST_MOVED = 16
+_POWERINFER_TYPES = {16: GGMLType.I8, 17: GGMLType.I16, 18: GGMLType.I32}
 _U32, _U64 = _SCALARS[4][1], _SCALARS[10][1]
 _MIN_KV = 8 + 1 + 4 + 1  # key length, key, type, smallest value
 _MIN_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, name, dims, one dim, type, offset
@@ -76,6 +79,8 @@ class TensorInfo:
 class Header:
     """One pass over the header; every method starts at `pos` and moves it."""
 
+    powerinfer: bool  # magic PWRI
+
     def __init__(self, path: Path, buf: mmap.mmap) -> None:
         self.path, self.buf, self.size, self.pos = path, buf, len(buf), 0
         self.version = self._version()
@@ -94,10 +99,9 @@ class Header:
 
     def _version(self) -> int:
         magic = self.buf[:4]
-        if magic == b"PWRI":
-            raise UnsupportedError(f"{self.path}: a PowerInfer file (magic PWRI) is not supported")
-        if magic != b"GGUF":
+        if magic not in (b"GGUF", b"PWRI"):
             raise self.error("magic", show(magic), "b'GGUF'")
+        self.powerinfer = magic == b"PWRI"
         self.pos = 4
         version: int = self._unpack(_U32, "version")
         if version and version & 0xFFFF == 0:
@@ -230,12 +234,14 @@ class Header:
             n_weights *= dim
         if not 0 < n_weights < 2**63:
             raise self.error(f"{field}: shape", shape, "dimensions >= 1 with a product below 2**63")
-        number = self._unpack(_U32, f"{field}: type")
+        number = written = self._unpack(_U32, f"{field}: type")
         offset = self._unpack(_U64, f"{field}: offset")
+        if self.powerinfer and number >= _FIRST_MOVED:
+            number = _POWERINFER_TYPES.get(number, -1)
         try:
             kind = GGMLType(number)
         except ValueError:
-            raise UnsupportedError(f"{self.path}: {field}: unknown tensor type {number}") from None
+            raise UnsupportedError(f"{self.path}: {field}: unknown tensor type {written}") from None
         if shape[0] % kind.block_size:
             wanted = f"a multiple of {kind.block_size} for {kind.name}"
             raise self.error(f"{field}: row length", shape[0], wanted)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from .config import ModelConfig
 from .errors import FormatError, ModelNotFoundError, SectionError, StorageError, UnsupportedError
 from .gguf import GGUFFile, show
+from .powerinfer import PowerInferImage
 from .section_layout import (
     Footer,
     TornError,
@@ -130,6 +131,11 @@ class Section:
             raise SectionError(f"{self.path}: the checksum of tensor {show(name)} is wrong: make this part again")
         return self.image.data(name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, in the file or beside it."""
+        return self.footer.size if self.footer else sum(info.nbytes for info in self.image.tensors.values())
+
     def damaged(self) -> list[str]:
         """Names of the tensors whose checksum is wrong; reads the whole section. Empty if it has no checksums."""
         return _damaged(self.image, self.footer, self.image.tensors)
@@ -157,7 +163,20 @@ class Section:
 
 
 def find_section(model: GGUFFile, config: ModelConfig | None = None) -> Section | None:
-    """The section that belongs to an open model: the file beside it, else the one at its end; None if there is none.
+    """The section that belongs to an open model: stored_section's, to which a PowerInfer file adds what it has itself.
+
+    Such a file always has one, and it must not be closed before the section. Errors are those of stored_section.
+    """
+    section = stored_section(model, config)
+    if not model.powerinfer:
+        return section
+    config = config or ModelConfig.from_gguf(model)
+    image = PowerInferImage(model, config.n_layer, config.n_ff, section.image if section else None)
+    return Section(image, section is None or section.attached, config)
+
+
+def stored_section(model: GGUFFile, config: ModelConfig | None = None) -> Section | None:
+    """The section beside a model, else the one at its end; None if there is none.
 
     A truncated or damaged one is warned of in one line and passed over. Raises SectionError (another model's),
     FormatError (shapes that do not fit the model), UnsupportedError. config: the model's, to save reading it again.
@@ -208,7 +227,7 @@ def _torn(path: Path, error: TornError) -> str:
 
 def _warn(problems: list[str]) -> None:
     for problem in problems:
-        warnings.warn(f"{problem}; it is ignored, and `hotcold detach` takes it away", stacklevel=3)
+        warnings.warn(f"{problem}; it is ignored, and `hotcold detach` takes it away", stacklevel=4)
 
 
 def _beside(path: Path, model: GGUFFile, config: ModelConfig | None) -> Section | None:

@@ -20,7 +20,7 @@ from .config import ModelConfig
 from .errors import HotcoldError, ParameterError, SectionError, StorageError
 from .file_lock import HAS_FLOCK, claim, writing
 from .gguf import GGUFFile
-from .section import FORMAT_VERSION, Section, attached_footer, find_section, open_section
+from .section import FORMAT_VERSION, Section, attached_footer, open_section, stored_section
 from .section_image import Contents, Progress, SectionTensor, write_image
 from .section_layout import (
     FOOTER,
@@ -68,7 +68,7 @@ def update_section(
         raise ParameterError(f"drop: got {min(unknown)!r}, wanted one of {', '.join(PARTS)}")
     with writing(path), GGUFFile(path) as model:
         config = ModelConfig.from_gguf(model)
-        old = find_section(model, config)
+        old = stored_section(model, config)
         with old or nullcontext():
             merged = _merged(contents, old, dropped)
             if merged.tensors:
@@ -267,7 +267,7 @@ def _journal_size(model: GGUFFile) -> int | None:
 
 
 def _copy_out(model: GGUFFile, target: Path, progress: Progress) -> None:
-    section = find_section(model)
+    section = stored_section(model)
     if section is None:
         raise SectionError(f"{model.path}: its section is damaged, so there is nothing to keep; detach it without that")
     with section, _replacing(target, "name a file that can be written there") as part:

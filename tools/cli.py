@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..formats.errors import HotcoldError
-from . import bench, chat, perplexity, profile, pull, relufy, run, section, show, sparsify, synthetic, train_predictor
+from . import bench, chat, convert, perplexity, profile, pull, relufy, run, section, show, sparsify, synthetic, train_predictor
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
@@ -81,6 +81,7 @@ app.command("inspect")(show.inspect)
 app.command("section")(section.section)
 app.command("attach")(section.attach)
 app.command("detach")(section.detach)
+app.command("convert")(convert.convert)
 app.command("bench")(bench.bench)
 app.command("perplexity")(perplexity.perplexity)
 app.command("profile")(profile.profile)

@@ -81,7 +81,7 @@ def brief(gguf: GGUFFile) -> str | None:
         return None
     with found:
         place = "attached" if found.attached else f"in {found.path.name}"
-        return f"{', '.join(found.parts())}; {human_bytes(_size(found))}, {place}"
+        return f"{', '.join(found.parts())}; {human_bytes(found.nbytes)}, {place}"
 
 
 def describe_section(found: Section) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def describe_section(found: Section) -> dict[str, Any]:
     report: dict[str, Any] = {
         "file": str(found.path),
         "attached": found.attached,
-        "bytes": _size(found),
+        "bytes": found.nbytes,
         "base_tensor_hash": image.get("hotcold.base.tensor_hash", "", str),
         "parts": found.parts(),
     }
@@ -129,10 +129,6 @@ def _predictor(found: Section, layer: int, rank: int) -> dict[str, Any]:
 
 def _plain(value: Any) -> float | str:
     return float(f"{value:.4g}") if math.isfinite(value) else str(value)
-
-
-def _size(found: Section) -> int:
-    return found.footer.size if found.footer else found.path.stat().st_size
 
 
 def _print(report: dict[str, Any]) -> None:

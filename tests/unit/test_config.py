@@ -238,7 +238,7 @@ def test_bad_metadata(file: GGUFFile, key: str, value: Any, message: str) -> Non
 
 
 UNSUPPORTED: list[tuple[str, Any, str]] = [
-    ("general.architecture", "gpt2", "architecture 'gpt2' is not supported; supported: llama, qwen2"),
+    ("general.architecture", "gpt2", "architecture 'gpt2' is not supported; supported: bamboo, llama, qwen2"),
     ("general.architecture", "\x1b[2J" * 99, "is not supported; supported"),
     ("general.type", "mmproj", "a file of type 'mmproj' is not a model"),
     ("split.count", 3, "one of 3 parts of a split model"),
@@ -295,7 +295,7 @@ def test_rope_freqs_are_checked_and_unknown_tensors_refused(file: GGUFFile) -> N
 
 
 def test_architectures() -> None:
-    assert set(ARCHITECTURES) == {"llama", "qwen2"}
+    assert set(ARCHITECTURES) == {"llama", "bamboo", "qwen2"}
     for name, row in ARCHITECTURES.items():
         assert lookup(name) is row and row.name == name
         assert not set(row.block_required) & set(row.block_optional)

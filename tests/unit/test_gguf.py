@@ -156,7 +156,6 @@ BROKEN: dict[str, tuple[bytes, type[HotcoldError], str]] = {
     "text": (b"<!DOCTYPE html>", FormatError, "magic"),
     "magic only": (b"GGUF", FormatError, "version: got end of file"),
     "no counts": (b"GGUF\3\0\0\0", FormatError, "tensor count: got end of file"),
-    "powerinfer": (image(magic=b"PWRI"), UnsupportedError, "PowerInfer"),
     "version 1": (image(version=1), UnsupportedError, "version 1"),
     "version 0": (image(version=0), UnsupportedError, "version 0"),
     "version 4": (image(version=4), UnsupportedError, "version 4"),
