@@ -123,7 +123,7 @@ def oracle(tiny: Tiny, folder: Path) -> Any:
     from dataclasses import replace
 
     plain = replace(tiny, arch="llama", magic=b"GGUF").write(folder / "oracle.gguf")
-    model = naive.load(plain)
+    model = naive.load(plain, kv_f16=True)
     model.activation = {"llama": "relu", "bamboo": "drelu"}[tiny.arch]
     for layer in range(tiny.n_layer):
         model.tensors[f"blk.{layer}.ffn_down.weight"] = model.tensors[f"blk.{layer}.ffn_down_t.weight"].T

@@ -14,7 +14,21 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..formats.errors import HotcoldError
-from . import bench, chat, convert, perplexity, profile, pull, relufy, run, section, show, sparsify, synthetic, train_predictor
+from . import (
+    bench,
+    chat,
+    convert,
+    perplexity,
+    profile,
+    pull,
+    relufy,
+    run,
+    section,
+    show,
+    sparsify,
+    synthetic,
+    train_predictor,
+)
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
