@@ -39,7 +39,7 @@ class Node:
     @property
     def adds(self) -> bool:
         """The result is added to what the written value holds."""
-        return self.op == "matmul" and self.writes[0] in self.reads
+        return self.op in ("matmul", "matmul_t") and self.writes[0] in self.reads
 
 
 @dataclass

@@ -9,8 +9,20 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import Choice, Down, Step
-from .loads import f16_at, f32_at, i32_at, i64_at, load_bf16, load_f16, load_f32, prefetch, put_f32, store
-from .simd import fma, hsum, part, splat_f32, spread, unsigned_to_f32
+from .loads import (
+    f32_at,
+    i32_at,
+    i64_at,
+    load_bf16,
+    load_f16,
+    load_f32,
+    load_i8,
+    prefetch,
+    put_f32,
+    splat_f16,
+    store,
+)
+from .simd import concat, fma, hsum, less, part, splat_f32, spread, to_f32, unsigned_to_f32
 from .tape import finish, take
 from .vector import LANES
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
@@ -40,36 +52,47 @@ def _add_floats(name: str) -> Any:
 
 def _add_plain(t: Plain) -> tuple[Any, Any]:
     """The same for blocks of 32, and (sums, four rows, columns, four h)."""
-    size, quants, has_min, offset = t.n_bytes, t.quants, t.has_min, -float(t.offset)
+    size, quants, has_min, offset, signed = t.n_bytes, t.quants, t.has_min, t.offset, t.name == "Q8_0"
 
     @inline
-    def scaled(p, h):
-        """(scale, minimum), each times h."""
-        d = f16_at(p) * h
-        return d, f16_at(p + 2) * h if has_min else d * offset
+    def values(p):
+        """32 quants as floats, the constant offset taken off."""
+        if signed:
+            return to_f32(load_i8(p + 2, 32))
+        if has_min:
+            return unsigned_to_f32(quants(p))
+        return to_f32(less(quants(p), offset))
 
     @inline
-    def add(sums, p, n, h):
+    def scale(p, h):
+        """A block's scale times h, in all lanes."""
+        d = splat_f16(p, p, 16) * h
+        return concat(d, d)
+
+    @inline
+    def add(sums, p, n, h0):
+        h = splat_f32(h0, 16)
         for b in range(n // 32):
-            d, m = scaled(p, h)
-            v = fma(unsigned_to_f32(quants(p)), splat_f32(d, 32), load_f32(sums + b * 128, 32) + splat_f32(m, 32))
-            store(sums + b * 128, v)
+            v = load_f32(sums + b * 128, 32)
+            if has_min:
+                v = v + scale(p + 2, h)
+            store(sums + b * 128, fma(values(p), scale(p, h), v))
             p += size
 
     @inline
-    def add_four(sums, p0, p1, p2, p3, n, h0, h1, h2, h3):
+    def add_four(sums, p0, p1, p2, p3, n, f0, f1, f2, f3):
+        h0, h1, h2, h3 = splat_f32(f0, 16), splat_f32(f1, 16), splat_f32(f2, 16), splat_f32(f3, 16)
+        o = 0
         for b in range(n // 32):
-            o = b * size
-            d0, m0 = scaled(p0 + o, h0)
-            d1, m1 = scaled(p1 + o, h1)
-            d2, m2 = scaled(p2 + o, h2)
-            d3, m3 = scaled(p3 + o, h3)
-            v = load_f32(sums + b * 128, 32) + splat_f32((m0 + m1) + (m2 + m3), 32)
-            v = fma(unsigned_to_f32(quants(p0 + o)), splat_f32(d0, 32), v)
-            v = fma(unsigned_to_f32(quants(p1 + o)), splat_f32(d1, 32), v)
-            v = fma(unsigned_to_f32(quants(p2 + o)), splat_f32(d2, 32), v)
-            v = fma(unsigned_to_f32(quants(p3 + o)), splat_f32(d3, 32), v)
+            v = load_f32(sums + b * 128, 32)
+            if has_min:
+                v = v + (scale(p0 + o + 2, h0) + scale(p1 + o + 2, h1) + scale(p2 + o + 2, h2) + scale(p3 + o + 2, h3))
+            v = fma(values(p0 + o), scale(p0 + o, h0), v)
+            v = fma(values(p1 + o), scale(p1 + o, h1), v)
+            v = fma(values(p2 + o), scale(p2 + o, h2), v)
+            v = fma(values(p3 + o), scale(p3 + o, h3), v)
             store(sums + b * 128, v)
+            o += size
 
     return add, add_four
 
@@ -145,7 +168,7 @@ def build(family: str, variant: str) -> Any:
             base = w + first // block * block_bytes
             for t in range(n_tok):
                 for i in range(here):
-                    put_f32(sums + (t * columns + i) * 4, 0.0)
+                    put_f32(sums + (t * columns + i) * 4, f32_at(out + (t * n + first + i) * 4))
             i = 0
             if four:
                 while i + 4 <= count:
@@ -171,8 +194,7 @@ def build(family: str, variant: str) -> Any:
                 i += 1
             for t in range(n_tok):
                 for i in range(here):
-                    at = out + (t * n + first + i) * 4
-                    put_f32(at, f32_at(at) + f32_at(sums + (t * columns + i) * 4))
+                    put_f32(out + (t * n + first + i) * 4, f32_at(sums + (t * columns + i) * 4))
             finish(args)
         return n_chunks
 

@@ -74,6 +74,7 @@ def _byte_constant(name):
 band = _byte_constant("bitwise and with a constant")(lambda b, v, c: b.and_(v, c))
 bxor = _byte_constant("bitwise xor with a constant")(lambda b, v, c: b.xor(v, c))
 shl = _byte_constant("shift left by a constant")(lambda b, v, c: b.shl(v, c))
+less = _byte_constant("subtract a constant")(lambda b, v, c: b.sub(v, c))
 shr = _byte_constant("logical shift right by a constant")(lambda b, v, c: b.lshr(v, c))
 
 

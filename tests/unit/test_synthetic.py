@@ -12,7 +12,8 @@ from gguf.quants import dequantize
 
 from hotcold.formats.errors import ParameterError, StorageError
 from hotcold.formats.gguf import GGUFFile
-from hotcold.tools.synthetic import TYPES, Shape, synthesize, tensors, vocabulary, write_model
+from hotcold.solver.synthetic import TYPES, Shape, tensors, vocabulary, write_model
+from hotcold.tools.synthetic import synthesize
 
 SMALL = {"n_embd": 256, "n_ff": 512, "n_layer": 2, "n_head": 4, "n_head_kv": 2, "n_vocab": 320}
 
