@@ -278,7 +278,7 @@ def test_an_answer_says_what_it_read(tiny_model: MakeModel) -> None:
 # --- bad input ---
 
 
-@pytest.mark.parametrize("text", ["", "sparse", "threshold", "threshold=", "threshold=0", "threshold=2", "dense=1", "x=1"])
+@pytest.mark.parametrize("text", ["", "sparse", "threshold", "threshold=", "threshold=0", "threshold=2", "dense=1"])
 def test_modes_that_are_none(text: str) -> None:
     with pytest.raises(ParameterError, match="sparsity: got"):
         Sparsity.parse(text)
