@@ -6,6 +6,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,24 @@ def test_flipped_bytes(model: Path) -> None:
             with GGUFFile(model) as file, find_section(file) as section:  # type: ignore[union-attr]
                 sections.assert_holds(section, wanted)
     assert n_found < 10
+
+
+@pytest.mark.parametrize("field", ["base_size", "offset", "length", "header"])
+@pytest.mark.parametrize("value", [0, 4096, 2**40, 2**64 - 1])
+def test_a_footer_that_lies(model: Path, field: str, value: int) -> None:
+    """With its checksum right: nothing is read past the file, and detaching does not cut into the model."""
+    before = model.read_bytes()
+    update_section(model, sections.contents("profile"))
+    with open(model, "r+b") as file:
+        footer = read_footer(file)
+        assert footer is not None
+        packed = replace(footer, **{field: value}).pack()
+        file.seek(-len(packed), 2)
+        file.write(packed)
+    ok, said = found(model)
+    assert not ok and len(said) == 1 and "a truncated or damaged section" in said[0]
+    detach_section(model)
+    assert model.read_bytes() == before
 
 
 def test_damage_in_a_large_tensor_shows_when_it_is_verified(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
