@@ -103,7 +103,7 @@ def _thresholds(density: float, section: Section | None) -> tuple[float, ...]:
         )
     known = np.concatenate([[1.0], table.densities]).astype(np.float64)  # at density 1 nothing is left out
     values = np.vstack([np.zeros((1, table.values.shape[1])), table.values])
-    if density < known.min():
+    if np.float32(density) < np.float32(known.min()):  # 0.3 is not quite what float32 makes of it
         raise ParameterError(
             f"sparsity: got threshold={density:g}, wanted at least {known.min():g}, the lowest density that "
             f"`hotcold sparsify` was run for; run it with --density {density:g}"
