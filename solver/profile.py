@@ -61,7 +61,7 @@ class Count:
             with np.load(file, allow_pickle=False) as kept:
                 if kept["counts"].shape == self.counts.shape:
                     self.counts, self.tokens = kept["counts"].astype(np.int64), int(kept["tokens"])
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
             pass  # nothing kept, or nothing that is whole: count from the start
 
     def save(self) -> None:
