@@ -148,14 +148,12 @@ class Together:
     What is left over by one layer is made good by others here, and the layers share the density between them.
     """
 
-    def __init__(self, student: Student, windows: Tensor, tokens: int, density: float, seed: int) -> None:
+    def __init__(self, student: Student, windows: Tensor, density: float, seed: int) -> None:
         self.student, self.windows, self.density = student, windows, density
         self.parameters = [tensor for ffn in student.ffns for tensor in ffn.tensors()]
-        size = max(1, MODEL_BATCH // windows.shape[1])
-        self.steps = steps = max(1, tokens // MODEL_BATCH)
-        self.trainer = _Trainer(self.parameters, MODEL_LR, steps)
-        self.done, self.share, self.start = 0, -1.0, -1.0
-        self.batches = list(_Batches(len(windows), size, -(-steps * size // len(windows)) + 1, seed))
+        self.batches = list(_Batches(len(windows), max(1, MODEL_BATCH // windows.shape[1]), 1, seed))
+        self.steps, self.done, self.share, self.start = len(self.batches), 0, -1.0, -1.0
+        self.trainer = _Trainer(self.parameters, MODEL_LR, self.steps)
 
     def step(self) -> tuple[float, float]:
         """One step; returns the divergence (nats per token) and the density of its batch."""

@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .distill import Student
+    from .torch_model import TorchModel
 
 WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost time
 HELD_OUT = 16  # windows that are never trained on
 MIN_WINDOWS = 64
+MAX_DIALOGUES = 256  # windows; more are repeated
 SAVES = 20  # of the training of all layers together
 TRAINED = ("silu", "gelu")
 _FORMAT = 1  # of the work folder
@@ -45,13 +47,14 @@ class Recipe:
     """How long to train, and for what.
 
     tokens and epochs: text of the layers in turn; polish: tokens of all layers together (0 leaves that out);
-    density: mean share of active neurons to reach.
+    density: mean share of active neurons to reach; chat: share of conversations that the model writes itself.
     """
 
-    tokens: int = 131072
+    tokens: int = 98304
     epochs: int = 3
-    polish: int = 819200
+    polish: int = 614400
     density: float = 0.33
+    chat: float = 0.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +64,8 @@ class Recipe:
                 raise ParameterError(f"{name}: got {got}, wanted at least {low}")
         if not 0.01 <= self.density <= 1.0:
             raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
+        if not 0.0 <= self.chat <= 0.9:
+            raise ParameterError(f"chat: got {self.chat}, wanted 0 to 0.9")
 
 
 @dataclass(frozen=True)
@@ -217,9 +222,12 @@ def _train(
     student = Student(TorchModel(source, config, WINDOW, dtype), [])
     teacher_perplexity, _ = student.evaluate(held_out)
     say(f"teacher: perplexity {teacher_perplexity:.2f} on {held_out.numel()} held-out tokens")
-    _in_turn(student, windows[: recipe.tokens // WINDOW], held_out, recipe, work, say, advance)
+    dialogues = _dialogues(student.teacher, source, recipe, work, advance)
+    first, then = recipe.tokens // WINDOW, recipe.polish // WINDOW
+    _in_turn(student, _mixed(windows, dialogues, 0, first, recipe.chat), held_out, recipe, work, say, advance)
     if recipe.polish:
-        _together(student, windows, held_out, recipe, work, say, advance)
+        mixed = _mixed(windows, dialogues, first, then, recipe.chat)
+        _together(student, mixed, held_out, recipe, work, say, advance)
     perplexity, densities = student.evaluate(held_out)
     return student, Report(teacher_perplexity, perplexity, densities)
 
@@ -234,6 +242,31 @@ def _windows(corpus: Corpus, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(windows)
 
 
+def _dialogues(teacher: TorchModel, source: GGUFFile, recipe: Recipe, work: Work, advance: Advance) -> Tensor | None:
+    """Conversations as windows int64 [n, WINDOW]; None where none are wanted, or the model has no chat template."""
+    from . import dialogues
+
+    n_windows = min(MAX_DIALOGUES, round(max(recipe.tokens, recipe.polish) * recipe.chat) // WINDOW)
+    start = dialogues.opening(source, WINDOW) if n_windows else None
+    if start is None:
+        return None
+    if (kept := work.load("dialogues")) is None:
+        kept = dialogues.write(teacher, start, n_windows, WINDOW, recipe.seed, partial(advance, "writing dialogues"))
+        work.save("dialogues", kept)
+    return kept
+
+
+def _mixed(windows: Tensor, dialogues: Tensor | None, start: int, n: int, chat: float) -> Tensor:
+    """`n` windows: the share `chat` of dialogues, the rest text from number `start` on; both begin again at the end."""
+    import torch
+
+    n_chat = 0 if dialogues is None else round(n * chat)
+    parts = [windows[torch.arange(start, start + n - n_chat) % len(windows)]]
+    if dialogues is not None:
+        parts.append(dialogues[torch.arange(n_chat) % len(dialogues)])
+    return torch.cat(parts)
+
+
 def _in_turn(
     student: Student, windows: Tensor, held_out: Tensor, recipe: Recipe, work: Work, say: Say, advance: Advance
 ) -> None:
@@ -242,10 +275,9 @@ def _in_turn(
 
     n_layer = student.teacher.config.n_layer
     kept = [work.load(f"layer-{layer}") for layer in range(n_layer)]
-    whole = work.load("together") is not None  # then nobody needs the residual streams
-    streams = None if whole else Sequential(student.teacher, windows)
+    streams = None if None not in kept else Sequential(student.teacher, windows)
     for layer in range(n_layer):
-        if streams is not None and (layer + 1 < n_layer or kept[layer] is None):
+        if streams is not None:
             advance(f"layer {layer}: attention", layer, n_layer)
             streams.attend()
         if kept[layer] is not None:
@@ -267,7 +299,7 @@ def _together(
     """Train all layers at once; kept some twenty times on the way."""
     from .distill import Together
 
-    training = Together(student, windows, recipe.polish, recipe.density, recipe.seed)
+    training = Together(student, windows, recipe.density, recipe.seed)
     if (state := work.load("together")) is not None:
         training.load(state)
     every = -(-training.steps // SAVES)
@@ -285,6 +317,8 @@ def _together(
 def _notes(corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
     """What the file says of its making."""
     made = f"{recipe.tokens} tokens x {recipe.epochs} epochs layer by layer, {recipe.polish} tokens all layers together"
+    if recipe.chat:
+        made += f"; {recipe.chat:.0%} of them dialogues of the model's own"
     return {
         "general.description": f"FFNs retrained with ReLU by hotcold relufy on {corpus.name}: {made}",
         "hotcold.relufy.texts": corpus.name.split(", "),

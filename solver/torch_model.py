@@ -65,19 +65,24 @@ class TorchModel:
         """What the layer's attention adds to the residual x [n_windows, n_tokens, n_embd]."""
         c = self.config
         n_windows, n_tokens, _ = x.shape
-        a = self.norm(f"blk.{layer}.attn_norm", x)
-        heads = {"q": c.n_head, "k": c.n_head_kv, "v": c.n_head_kv}
-        q, k, v = (
-            self._linear(f"blk.{layer}.attn_{part}", a).view(n_windows, n_tokens, n, -1).transpose(1, 2)
-            for part, n in heads.items()
-        )
-        q, k = self._rope(q), self._rope(k)
+        q, k, v = self._heads(layer, x, 0)
         k, v = (t.repeat_interleave(c.n_head // c.n_head_kv, dim=1) for t in (k, v))
         # On CPUs, bfloat16 products and a softmax are three times as fast, both ways, as PyTorch's fused attention.
         mask = self.mask[:n_tokens, :n_tokens].expand(n_windows * c.n_head, -1, -1)
         scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=c.attn_scale)
         out = torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(n_windows, c.n_head, n_tokens, -1)
         return self._linear(f"blk.{layer}.attn_output", out.transpose(1, 2).flatten(2)).float()
+
+    def attention_step(self, layer: int, x: Tensor, keys: Tensor, values: Tensor, at: int) -> Tensor:
+        """As attention, for the one token at position `at`; keys and values [n_windows, n_head_kv, n_ctx, dim] grow."""
+        c = self.config
+        q, k, v = self._heads(layer, x, at)
+        keys[:, :, at : at + 1], values[:, :, at : at + 1] = k, v
+        seen = slice(max(0, at + 1 - (c.sliding_window or at + 1)), at + 1)
+        grouped = q.view(len(x), c.n_head_kv, c.n_head // c.n_head_kv, -1)
+        scores = grouped @ keys[:, :, seen].transpose(2, 3) * c.attn_scale
+        out = scores.softmax(-1) @ values[:, :, seen]
+        return self._linear(f"blk.{layer}.attn_output", out.reshape(len(x), 1, -1)).float()
 
     def ffn(self, layer: int, x: Tensor) -> Tensor:
         """What the layer's FFN adds to the residual x, with the model's own weights and activation."""
@@ -112,14 +117,24 @@ class TorchModel:
         ]
         return torch.cat(rows).double().numpy()
 
+    def _heads(self, layer: int, x: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [n_windows, n_heads, n_tokens, dim] of positions from `at` on."""
+        c = self.config
+        a = self.norm(f"blk.{layer}.attn_norm", x)
+        q, k, v = (
+            self._linear(f"blk.{layer}.attn_{part}", a).view(*x.shape[:2], n, -1).transpose(1, 2)
+            for part, n in (("q", c.n_head), ("k", c.n_head_kv), ("v", c.n_head_kv))
+        )
+        return self._rope(q, at), self._rope(k, at), v
+
     def _linear(self, name: str, x: Tensor) -> Tensor:
         bias = self.weights.get(f"{name}.bias")
         return F.linear(x, self.weights[f"{name}.weight"], None if bias is None else bias.to(x.dtype))
 
-    def _rope(self, x: Tensor) -> Tensor:
+    def _rope(self, x: Tensor, at: int) -> Tensor:
         """Rotate the first rope_dim values of each head; x [n_windows, n_heads, n_tokens, head_dim]."""
         n, half = self.config.rope_dim, self.config.rope_dim // 2
-        cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]
+        cos, sin = self.cos[at : at + x.shape[2]], self.sin[at : at + x.shape[2]]
         if self.config.rope_style == "neox":
             a, b = x[..., :half], x[..., half:n]
             turned = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

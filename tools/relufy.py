@@ -22,6 +22,7 @@ Tokens = Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens that 
 Epochs = Annotated[int, typer.Option("--epochs", metavar="N", help="Passes over these tokens.")]
 Polish = Annotated[int, typer.Option("--polish", metavar="N", help="Tokens for all layers together; 0 is none.")]
 Density = Annotated[float, typer.Option("--density", metavar="D", help="Mean share of active neurons to reach.")]
+Chat = Annotated[float, typer.Option("--chat", metavar="S", help="Share of dialogues that the model writes itself.")]
 Type = Annotated[str | None, typer.Option("--type", help="Type of the new matrices [the model's own, or Q8_0].")]
 Seed = Annotated[int, typer.Option("--seed", "-s", metavar="N", help="Seed of the order of the text.")]
 
@@ -30,10 +31,11 @@ def relufy(
     model: options.Model,
     texts: Texts,
     out: Out,
-    tokens: Tokens = 131072,
+    tokens: Tokens = 98304,
     epochs: Epochs = 3,
-    polish: Polish = 819200,
+    polish: Polish = 614400,
     density: Density = 0.33,
+    chat: Chat = 0.25,
     type: Type = None,
     seed: Seed = 0,
     threads: options.Threads = None,
@@ -45,7 +47,7 @@ def relufy(
     from ..solver import corpus, relu_file
     from ..solver import relufy as library
 
-    recipe = library.Recipe(tokens, epochs, polish, density, seed)
+    recipe = library.Recipe(tokens, epochs, polish, density, chat, seed)
     with GGUFFile(console.find_model(model)) as source:
         config = ModelConfig.from_gguf(source)
         kind = relu_file.choose_type(source, config, type)

@@ -16,8 +16,9 @@ from hotcold.formats.config import ModelConfig
 from hotcold.formats.errors import TrainingError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section import find_section
+from hotcold.formats.tokenizer import load_tokenizer
 from hotcold.formats.types import GGMLType
-from hotcold.solver import relufy
+from hotcold.solver import dialogues, relufy
 from hotcold.solver.corpus import Corpus
 from hotcold.tools.cli import app
 
@@ -97,6 +98,42 @@ def test_a_student_is_the_relu_model(tiny_model: Make) -> None:
     assert [gate.shape for gate in gates] == [(1, len(IDS), model.config.n_ff)] * 2
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dialogues_are_what_the_model_says(tiny_model: Make, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """At a temperature near zero, each token is the one that the whole window's forward pass has on top."""
+    monkeypatch.setattr(dialogues, "TEMPERATURE", 1e-6)
+    model = load(tiny_model(**FAMILIES[family]))
+    (window,) = dialogues.write(model, IDS[:4], 1, 40, 0, lambda done, total: None)
+    with torch.no_grad():
+        top = (model.forward(window[None])[0] @ model.head().T).argmax(-1)
+    assert window[:4].tolist() == IDS[:4]
+    assert window[4:].tolist() == top[3:-1].tolist()
+
+
+def test_dialogues_are_many_and_the_same_for_a_seed(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialogues, "BATCH", 2)
+    model = load(tiny_model())
+    first, again, other = (dialogues.write(model, IDS[:4], 5, 20, seed, lambda d, t: None) for seed in (0, 0, 9))
+    assert first.shape == (5, 20)
+    assert len({tuple(window) for window in first.tolist()}) == 5
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_the_opening_of_a_chat(tiny_model: Make) -> None:
+    with GGUFFile(tiny_model()) as chat, GGUFFile(tiny_model(chat_template=None)) as plain:
+        tokenizer = load_tokenizer(chat)
+        assert dialogues.opening(chat, 256) == tokenizer.encode("<|im_start|>user\n", special=True)
+        assert dialogues.opening(chat, 4) is None
+        assert dialogues.opening(plain, 256) is None
+
+
+def test_windows_are_mixed() -> None:
+    windows, written = torch.arange(10)[:, None], torch.tensor([[100], [101]])
+    assert relufy._mixed(windows, written, 8, 8, 0.5).flatten().tolist() == [8, 9, 0, 1, 100, 101, 100, 101]
+    assert relufy._mixed(windows, None, 3, 4, 0.5).flatten().tolist() == [3, 4, 5, 6]
+
+
 def test_divergence_and_its_gradient() -> None:
     torch.manual_seed(0)
     wanted, given, head = torch.randn(700, 16), torch.randn(700, 16), torch.randn(40, 16)
@@ -128,7 +165,7 @@ def test_all_layers_learn_and_get_sparser(tiny_model: Make) -> None:
     model = load(tiny_model(), relufy.WINDOW)
     windows = torch.from_numpy(text().ids.reshape(-1, relufy.WINDOW)).long()
     student = Student(model, [Ffn.of(model, layer) for layer in range(model.config.n_layer)])
-    training = Together(student, windows, 80 * 2048, 0.35, 0)
+    training = Together(student, windows.repeat(8, 1), 0.35, 0)
     found = np.array([training.step() for _ in range(training.steps)])
     assert found[-5:, 0].mean() < 0.8 * found[:5, 0].mean()
     assert found[-5:, 1].mean() < found[0, 1] - 0.05
@@ -144,7 +181,7 @@ def test_losses_that_are_no_numbers_are_told(tiny_model: Make) -> None:
         streams.train(1.0, 1, 0, lambda done, total: None)
     student = Student(model, [Ffn.of(model, layer) for layer in range(model.config.n_layer)])
     with pytest.raises(TrainingError, match="the loss is nan at step 1 of all layers"):
-        Together(student, windows, 4096, 1.0, 0).step()
+        Together(student, windows, 1.0, 0).step()
 
 
 def make(model: Path, out: Path, stop_in: str = "", stop_at: int = -1) -> list[str]:

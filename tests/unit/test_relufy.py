@@ -146,7 +146,8 @@ def test_types(tiny_model: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"tokens": 100}, {"epochs": 0}, {"polish": -1}, {"seed": -1}, {"density": 0.0}, {"density": 1.5}]
+    "options",
+    [{"tokens": 100}, {"epochs": 0}, {"polish": -1}, {"seed": -1}, {"density": 0.0}, {"density": 1.5}, {"chat": 1.0}],
 )
 def test_recipes_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ParameterError, match=f"{next(iter(options))}: got"):
