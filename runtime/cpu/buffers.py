@@ -16,7 +16,6 @@ GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1
 GROUPS |= dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)
 BLOCKS = {kind: 256 if kind.endswith("_K") else 32 if group else 1 for kind, group in GROUPS.items()}  # weights
 MATMULS = ("matmul", "matmul_t", "rows")  # ops that read packed activations
-DOWN_COLUMNS = 1024  # outputs whose sums a thread keeps at hand
 PANEL_CACHE = 512 << 10  # bytes of unpacked weights that a thread keeps at hand (half of a common L2 cache)
 
 
@@ -89,6 +88,12 @@ class Buffers:
             self.arrays["list"] = aligned(4 * self.config.n_ff)
         return int(self.arrays["list"].ctypes.data)
 
+    def parts(self, n: int) -> int:
+        """Address of n sums of the down projection for each of a few tokens."""
+        if "parts" not in self.arrays:
+            self.arrays["parts"] = aligned(4 * n * (TILE_MIN - 1) * self.config.n_embd)
+        return int(self.arrays["parts"].ctypes.data)
+
     def zeros(self, n: int) -> int:
         """Address of n float32 zeros."""
         if "zeros" not in self.arrays:
@@ -106,8 +111,6 @@ class Buffers:
                     k, panels = info.n_rows, t_panels(self.kind(node.weight))
                     need = max(need, panels * panel_bytes(k, min(group, 1) * 32) + 32 * 256 * 4)
                 need = max(need, PANEL_CACHE, panel_bytes(k, group))
-            elif node.op == "down":
-                need = max(need, TILE_MIN * DOWN_COLUMNS * 4)
         attention = 128 + 4 * KV_BLOCK * 4 * 2 + 4 * (c.head_dim_v + PANEL_ROWS) * 4 + 4 * c.head_dim_k * 4
         return -(-(max(need, attention) + 4096) // 4096) * 4096
 

@@ -30,6 +30,7 @@ FAMILIES = {
     "select": "select",
     "rows": "rows",
     "down": "down",
+    "add_parts": "down",
     "transpose": "transpose",
     "rope": "rope",
     "attention": "attention",

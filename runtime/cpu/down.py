@@ -1,14 +1,15 @@
 """The down projection of the listed neurons: out += sum over neurons of h * row, the rows being ffn_down's columns.
 
-A chunk is a span of output columns, summed over all listed neurons in their order, so the result does not depend on
-how many threads there are. Four rows at a time share one pass over the sums.
+The list is cut into a fixed number of parts, each summed in its own order into sums of its own, and then the parts are
+added in theirs: whichever thread takes a part, the result is the same. Whole rows are read, since pages are what costs:
+spans of columns would touch every row's pages once a span. Four rows at a time share one pass over the sums.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .layout import Choice, Down, Step
+from .layout import AddParts, Choice, Down, Step
 from .loads import (
     f32_at,
     i32_at,
@@ -22,12 +23,10 @@ from .loads import (
     splat_f16,
     store,
 )
-from .simd import concat, fma, hsum, less, part, splat_f32, spread, to_f32, unsigned_to_f32
+from .simd import concat, fma, hsum, less, nibbles_to_f32, part, splat_f32, spread, to_f32, unsigned_to_f32
 from .tape import finish, take
 from .vector import LANES
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
-
-SPAN = {**dict.fromkeys(FLOAT, 1), **dict.fromkeys(PLAIN, 32), **dict.fromkeys(SUPER, 256)}  # columns of a block
 
 
 def _add_floats(name: str) -> Any:
@@ -52,13 +51,18 @@ def _add_floats(name: str) -> Any:
 
 def _add_plain(t: Plain) -> tuple[Any, Any]:
     """The same for blocks of 32, and (sums, four rows, columns, four h)."""
-    size, quants, has_min, offset, signed = t.n_bytes, t.quants, t.has_min, t.offset, t.name == "Q8_0"
+    size, quants, has_min, offset = t.n_bytes, t.quants, t.has_min, t.offset
+    signed, nibbles = t.name == "Q8_0", t.nibbles
+
+    two = 2 * size
 
     @inline
     def values(p):
         """32 quants as floats, the constant offset taken off."""
         if signed:
             return to_f32(load_i8(p + 2, 32))
+        if nibbles:
+            return nibbles_to_f32(load_i8(p + nibbles, 16), offset)
         if has_min:
             return unsigned_to_f32(quants(p))
         return to_f32(less(quants(p), offset))
@@ -80,19 +84,32 @@ def _add_plain(t: Plain) -> tuple[Any, Any]:
             p += size
 
     @inline
-    def add_four(sums, p0, p1, p2, p3, n, f0, f1, f2, f3):
+    def block_of_four(sums, p0, p1, p2, p3, h0, h1, h2, h3):
+        v = load_f32(sums, 32)
+        if has_min:
+            v = v + (scale(p0 + 2, h0) + scale(p1 + 2, h1) + scale(p2 + 2, h2) + scale(p3 + 2, h3))
+        v = fma(values(p0), scale(p0, h0), v)
+        v = fma(values(p1), scale(p1, h1), v)
+        v = fma(values(p2), scale(p2, h2), v)
+        store(sums, fma(values(p3), scale(p3, h3), v))
+
+    @inline
+    def add_four(sums, p0, p1, p2, p3, n, f0, f1, f2, f3, n0, n1, n2, n3):
+        """n0 .. n3: the rows to fetch meanwhile."""
         h0, h1, h2, h3 = splat_f32(f0, 16), splat_f32(f1, 16), splat_f32(f2, 16), splat_f32(f3, 16)
-        o = 0
-        for b in range(n // 32):
-            v = load_f32(sums + b * 128, 32)
-            if has_min:
-                v = v + (scale(p0 + o + 2, h0) + scale(p1 + o + 2, h1) + scale(p2 + o + 2, h2) + scale(p3 + o + 2, h3))
-            v = fma(values(p0 + o), scale(p0 + o, h0), v)
-            v = fma(values(p1 + o), scale(p1 + o, h1), v)
-            v = fma(values(p2 + o), scale(p2 + o, h2), v)
-            v = fma(values(p3 + o), scale(p3 + o, h3), v)
-            store(sums + b * 128, v)
+        o, i = 0, 0
+        while i + 64 <= n:
+            prefetch(n0 + o, two)
+            prefetch(n1 + o, two)
+            prefetch(n2 + o, two)
+            prefetch(n3 + o, two)
+            block_of_four(sums + i * 4, p0 + o, p1 + o, p2 + o, p3 + o, h0, h1, h2, h3)
             o += size
+            block_of_four(sums + i * 4 + 128, p0 + o, p1 + o, p2 + o, p3 + o, h0, h1, h2, h3)
+            o += size
+            i += 64
+        if i < n:
+            block_of_four(sums + i * 4, p0 + o, p1 + o, p2 + o, p3 + o, h0, h1, h2, h3)
 
     return add, add_four
 
@@ -131,19 +148,19 @@ def _add_super(t: Super) -> Any:
 
 
 def build(family: str, variant: str) -> Any:
-    """The kernel of a weight type."""
+    """`down:TYPE`: the parts' sums. `add_parts`: out += parts, in order."""
+    return _add_parts() if family == "add_parts" else _down(variant)
+
+
+def _down(variant: str) -> Any:
     args_of, step_of, choice_of = Down, Step, Choice
     four = variant in PLAIN
     if four:
         add, add_four = _add_plain(PLAIN[variant])
-        block_bytes = PLAIN[variant].n_bytes
     elif variant in SUPER:
         add = add_four = _add_super(SUPER[variant])
-        block_bytes = SUPER[variant].n_bytes
     else:
         add = add_four = _add_floats(variant)
-        block_bytes = FLOAT[variant]
-    block = SPAN[variant]
 
     @inline
     def fetch(p, n_bytes):
@@ -156,46 +173,70 @@ def build(family: str, variant: str) -> Any:
         w, out, n = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.n)
         h, h_stride = i64_at(args + args_of.h), i64_at(args + args_of.h_stride) * 4
         row_bytes, listed = i64_at(args + args_of.row_bytes), i64_at(args + args_of.list)
-        columns, ahead = i64_at(args + args_of.columns), i64_at(args + args_of.ahead)
-        sums = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
-        n_chunks = (n + columns - 1) // columns
+        parts, ahead = i64_at(args + args_of.parts), i64_at(args + args_of.ahead)
         while True:
-            first = take(args, turn, n_chunks) * columns
-            if first < 0:
+            c = take(args, turn, parts)
+            if c < 0:
                 break
-            here = min(columns, n - first)
-            span = here // block * block_bytes
-            base = w + first // block * block_bytes
-            for t in range(n_tok):
-                for i in range(here):
-                    put_f32(sums + (t * columns + i) * 4, f32_at(out + (t * n + first + i) * 4))
-            i = 0
+            sums = out + c * n_tok * n * 4
+            for i in range(n_tok * n):
+                put_f32(sums + i * 4, 0.0)
+            i, end = count * c // parts, count * (c + 1) // parts
             if four:
-                while i + 4 <= count:
-                    p0 = base + i32_at(listed + i * 4) * row_bytes
-                    p1 = base + i32_at(listed + i * 4 + 4) * row_bytes
-                    p2 = base + i32_at(listed + i * 4 + 8) * row_bytes
-                    p3 = base + i32_at(listed + i * 4 + 12) * row_bytes
-                    for j in range(4):
-                        fetch(base + i32_at(listed + min(i + ahead + j, count - 1) * 4) * row_bytes, span)
+                while i + 4 <= end:
+                    p0 = w + i32_at(listed + i * 4) * row_bytes
+                    p1 = w + i32_at(listed + i * 4 + 4) * row_bytes
+                    p2 = w + i32_at(listed + i * 4 + 8) * row_bytes
+                    p3 = w + i32_at(listed + i * 4 + 12) * row_bytes
+                    n0 = w + i32_at(listed + min(i + ahead, count - 1) * 4) * row_bytes
+                    n1 = w + i32_at(listed + min(i + ahead + 1, count - 1) * 4) * row_bytes
+                    n2 = w + i32_at(listed + min(i + ahead + 2, count - 1) * 4) * row_bytes
+                    n3 = w + i32_at(listed + min(i + ahead + 3, count - 1) * 4) * row_bytes
                     for t in range(n_tok):
                         at = h + t * h_stride + i * 4
                         h0, h1, h2, h3 = f32_at(at), f32_at(at + 4), f32_at(at + 8), f32_at(at + 12)
                         if h0 != 0.0 or h1 != 0.0 or h2 != 0.0 or h3 != 0.0:
-                            add_four(sums + t * columns * 4, p0, p1, p2, p3, here, h0, h1, h2, h3)
+                            add_four(sums + t * n * 4, p0, p1, p2, p3, n, h0, h1, h2, h3, n0, n1, n2, n3)
                     i += 4
-            while i < count:
-                p = base + i32_at(listed + i * 4) * row_bytes
-                fetch(base + i32_at(listed + min(i + ahead, count - 1) * 4) * row_bytes, span)
+            while i < end:
+                p = w + i32_at(listed + i * 4) * row_bytes
+                fetch(w + i32_at(listed + min(i + ahead, count - 1) * 4) * row_bytes, row_bytes)
                 for t in range(n_tok):
                     value = f32_at(h + t * h_stride + i * 4)
                     if value != 0.0:
-                        add(sums + t * columns * 4, p, here, value)
+                        add(sums + t * n * 4, p, n, value)
                 i += 1
-            for t in range(n_tok):
-                for i in range(here):
-                    put_f32(out + (t * n + first + i) * 4, f32_at(sums + (t * columns + i) * 4))
+            finish(args)
+        return parts
+
+    return down
+
+
+def _add_parts() -> Any:
+    args_of, step_of, lanes, span = AddParts, Step, LANES, 256
+
+    def add_parts(args, step, ith, turn):
+        size = i64_at(step + step_of.n_tok) * i64_at(args + args_of.n)
+        out, sums, parts = i64_at(args + args_of.out), i64_at(args + args_of.sums), i64_at(args + args_of.parts)
+        n_chunks = (size + span - 1) // span
+        while True:
+            first = take(args, turn, n_chunks) * span
+            if first < 0:
+                break
+            i, end = first, min(first + span, size)
+            while i + lanes <= end:
+                v = load_f32(sums + i * 4, lanes)
+                for p in range(1, parts):
+                    v = v + load_f32(sums + (p * size + i) * 4, lanes)
+                store(out + i * 4, load_f32(out + i * 4, lanes) + v)
+                i += lanes
+            while i < end:
+                x = f32_at(sums + i * 4)
+                for p in range(1, parts):
+                    x += f32_at(sums + (p * size + i) * 4)
+                put_f32(out + i * 4, f32_at(out + i * 4) + x)
+                i += 1
             finish(args)
         return n_chunks
 
-    return down
+    return add_parts

@@ -15,9 +15,10 @@ from ..memory import ALIGNMENT as CACHE_LINE
 from ..memory import aligned
 from ..tensors import Tensors
 from . import jit
-from .buffers import BLOCKS, DOWN_COLUMNS, GROUPS, PANEL_CACHE, Buffers, t_panels
+from .buffers import GROUPS, PANEL_CACHE, Buffers, t_panels
 from .layout import (
     PANEL_ROWS,
+    AddParts,
     Attention,
     Choice,
     Down,
@@ -35,7 +36,7 @@ from .layout import (
 
 _SLOTS = 24  # int64 slots of a record
 _CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
-_AHEAD_BYTES = 8192  # of listed rows that are fetched ahead
+_AHEAD_BYTES = 16 << 10  # of listed rows that are fetched ahead
 _SEGMENT = 512  # activations that a thread packs at a time
 
 
@@ -286,25 +287,34 @@ class _Lowering:
 
     def down(self, node: Node) -> None:
         kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
-        n, block = info.shape[0], BLOCKS[kind]
-        columns = min(DOWN_COLUMNS, -(-n // (self.n_threads * 4)))
-        columns = -(-columns // block) * block
+        parts = max(8, 4 * self.n_threads)
+        sums = self.buffers.parts(parts)
         self.emit(
             f"down:{kind}",
             Down,
             node,
             node.reads,
-            node.writes,
+            ("parts",),
             w=self.tensors.address(node.weight),
-            out=self.buffers.floats(node.writes[0]),
+            out=sums,
             h=self.buffers.floats(node.reads[0]),
             h_stride=self.widths[node.reads[0]],
-            n=n,
+            n=info.shape[0],
             row_bytes=info.row_size,
-            columns=columns,
-            ahead=max(4, -(-_AHEAD_BYTES * n // (columns * info.row_size))),
+            parts=parts,
+            ahead=max(4, -(-_AHEAD_BYTES // info.row_size)),
             **self.listed(node),
-            **self.buffers.scratch(),
+        )
+        self.emit(
+            "add_parts",
+            AddParts,
+            node,
+            ("parts", *node.writes),
+            node.writes,
+            sums=sums,
+            out=self.buffers.floats(node.writes[0]),
+            n=info.shape[0],
+            parts=parts,
         )
 
     def heads(self, layer: int) -> dict[str, int]:

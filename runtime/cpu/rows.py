@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import Choice, Rows, Step
-from .loads import i32_at, i64_at, put_f32
+from .loads import i32_at, i64_at, prefetch, put_f32
 from .products import product
 from .tape import finish, take
 
@@ -33,6 +33,9 @@ def build(family: str, variant: str) -> Any:
             for i in range(first, min(first + chunk, n)):
                 r = i32_at(listed + i * 4)
                 # What the hardware fetches by itself is the next row in memory, which may not be wanted.
+                far = w + i32_at(listed + min(i + 4 * ahead, n - 1) * 4) * row_bytes
+                prefetch(far, 64)
+                prefetch(far + row_bytes - 64, 64)
                 later = (i32_at(listed + min(i + ahead, n - 1) * 4) - r) * row_bytes
                 for t in range(n_tok):
                     o = t * k

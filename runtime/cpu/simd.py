@@ -8,7 +8,23 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from .vector import ELEMENTS, F32, I8, I32, I64, SCALARS, SOFT_HALF, Vec, call, const, join, piece, shuffle, splat_of
+from .vector import (
+    ELEMENTS,
+    F32,
+    I8,
+    I32,
+    I64,
+    LEVEL,
+    SCALARS,
+    SOFT_HALF,
+    Vec,
+    call,
+    const,
+    join,
+    piece,
+    shuffle,
+    splat_of,
+)
 
 
 @intrinsic(prefer_literal=True)
@@ -98,6 +114,25 @@ def nibbles(typingctx, v):
         return b.and_(b.bitcast(moved, ir.VectorType(I8, 2 * v.n)), const(I8, [15] * (2 * v.n)))
 
     return Vec("i8", 2 * v.n)(v), codegen
+
+
+@intrinsic(prefer_literal=True)
+def nibbles_to_f32(typingctx, v, offset):
+    """16 bytes -> their low nibbles, then their high ones, each less a constant, as floats."""
+    values = [float(i - offset.literal_value) for i in range(16)]
+
+    def codegen(context, b, sig, args):
+        words = b.zext(args[0], ir.VectorType(I32, 16))
+        high = b.lshr(words, const(I32, [4] * 16))
+        if LEVEL.name == "avx512vnni":  # a table: permute looks at the low 4 bits of an index only
+            floats, table = ir.VectorType(F32, 16), const(F32, values)
+            low, high = (call(b, "llvm.x86.avx512.permvar.sf.512", floats, table, index) for index in (words, high))
+            return join(b, low, high)
+        both = join(b, b.and_(words, const(I32, [15] * 16)), high)
+        signed = b.sub(both, const(I32, [offset.literal_value] * 32))
+        return b.sitofp(signed, ir.VectorType(F32, 32))
+
+    return Vec("f32", 32)(v, offset), codegen
 
 
 @intrinsic(prefer_literal=True)

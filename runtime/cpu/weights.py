@@ -45,6 +45,7 @@ class Plain:
     pair: Any  # (p, q) -> 64 unsigned bytes of the blocks at p and q
     offset: int = 0
     big: bool = False  # quants may exceed 127
+    nibbles: int = 0  # where the block's quants are just 16 bytes of nibbles: their place
 
     @property
     def has_min(self) -> bool:
@@ -231,8 +232,8 @@ def _q3_k_scales(p):
 PLAIN = {
     t.name: t
     for t in (
-        Plain("Q4_0", 18, _q4_0, _q4_0_pair, offset=8),
-        Plain("Q4_1", 20, _q4_1, _q4_1_pair),
+        Plain("Q4_0", 18, _q4_0, _q4_0_pair, offset=8, nibbles=2),
+        Plain("Q4_1", 20, _q4_1, _q4_1_pair, nibbles=4),
         Plain("Q5_0", 22, _q5_0, _q5_0_pair, offset=16),
         Plain("Q5_1", 24, _q5_1, _q5_1_pair),
         Plain("Q8_0", 34, _q8_0, _q8_0_pair, offset=128, big=True),
