@@ -7,11 +7,7 @@ layers together, so that the student's next-token distribution meets the teacher
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +21,7 @@ from ..formats.section_layout import sidecar_path
 from ..formats.types import GGMLType
 from . import relu_file
 from .corpus import Corpus
+from .work import Work
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +36,6 @@ MIN_WINDOWS = 64
 MAX_DIALOGUES = 256  # windows; more are repeated
 SAVES = 20  # of the training of all layers together
 TRAINED = ("silu", "gelu")
-_FORMAT = 1  # of the work folder
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def relufy(
     config = ModelConfig.from_gguf(source)
     check(config, corpus, out)
     require_torch()
-    work = Work(out, source, corpus, recipe)
+    work = work_folder(out, source, corpus, recipe)
     with work.locked():
         if work.begin():
             say(f"going on with the work kept in {work.folder}")
@@ -136,74 +132,13 @@ def require_torch(n_threads: int | None = None) -> None:
         torch.set_num_threads(n_threads)
 
 
-class Work:
-    """A folder beside OUT that keeps what was trained, for equal model, text and recipe."""
-
-    def __init__(self, out: Path, source: GGUFFile, corpus: Corpus, recipe: Recipe) -> None:
-        self.out, self.folder = out, out.with_name(f"{out.name}.relufy")
-        with open(source.path, "rb") as file:
-            model = hashlib.sha256()
-            while block := file.read(1 << 24):
-                model.update(block)
-        self.settings = {"format": _FORMAT, "model": model.hexdigest(), "text": corpus.digest, **asdict(recipe)}
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Be the only process that makes OUT; StorageError if another one does."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.out.with_name(f".{self.folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise StorageError(f"{self.out}: another process is making it") from None
-        except OSError as exc:
-            raise StorageError(f"{self.out}: {exc.strerror or exc}; name a file that can be written there") from exc
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def begin(self) -> bool:
-        """Make the folder; True if it is there with work of the same settings, other work is thrown away."""
-        note = self.folder / "settings.json"
-        try:
-            if json.loads(note.read_text(encoding="utf-8")) == self.settings:
-                return any(self.folder.glob("*.pt"))
-        except (OSError, ValueError):
-            pass
-        self.drop()
-        try:
-            self.folder.mkdir()
-            note.write_text(json.dumps(self.settings), encoding="utf-8")
-        except OSError as exc:
-            raise StorageError(f"{self.folder}: {exc.strerror or exc}; name a file that can be written") from exc
-        return False
-
-    def load(self, name: str) -> Any:
-        """What `save` kept under this name, or None."""
-        import torch
-
-        try:
-            return torch.load(self.folder / f"{name}.pt", weights_only=True)
-        except FileNotFoundError:
-            return None
-
-    def save(self, name: str, value: Any) -> None:
-        """Keep tensors and numbers under a name; whole, or not at all."""
-        import torch
-
-        partial = self.folder / f"{name}.part"
-        try:
-            torch.save(value, partial)
-            os.replace(partial, self.folder / f"{name}.pt")
-        except (OSError, RuntimeError) as exc:  # a full disk is a RuntimeError of PyTorch's writer
-            raise StorageError(f"{self.folder}: cannot be written: {exc}") from exc
-
-    def drop(self) -> None:
-        """Remove the folder, if it is one of ours."""
-        if (self.folder / "settings.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+def work_folder(out: Path, source: GGUFFile, corpus: Corpus, recipe: Recipe) -> Work:
+    """Where the work on OUT is kept, for this model, text and recipe."""
+    model = hashlib.sha256()
+    with open(source.path, "rb") as file:
+        while block := file.read(1 << 24):
+            model.update(block)
+    return Work(out, "relufy", {"model": model.hexdigest(), "text": corpus.digest, **asdict(recipe)})
 
 
 def _train(

@@ -176,7 +176,7 @@ def test_work_is_kept_for_equal_settings_only(tiny_model: Make, tmp_path: Path) 
 
     def begin(model: Path, text: Corpus, recipe: relufy.Recipe) -> bool:
         with GGUFFile(model) as file:
-            work = relufy.Work(out, file, text, recipe)
+            work = relufy.work_folder(out, file, text, recipe)
             with work.locked():
                 return work.begin()
 
@@ -198,13 +198,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tiny_model: Make, tmp_path: Pat
     (tmp_path / "out.gguf.relufy").mkdir()
     (tmp_path / "out.gguf.relufy" / "diary").touch()
     with GGUFFile(tiny_model()) as file, pytest.raises(StorageError, match="out.gguf.relufy"):
-        relufy.Work(tmp_path / "out.gguf", file, corpus(N_TOKENS), relufy.Recipe()).begin()
+        relufy.work_folder(tmp_path / "out.gguf", file, corpus(N_TOKENS), relufy.Recipe()).begin()
     assert (tmp_path / "out.gguf.relufy" / "diary").exists()
 
 
 def test_two_processes_do_not_make_one_file(tiny_model: Make, tmp_path: Path) -> None:
     with GGUFFile(tiny_model()) as file:
-        first, second = (relufy.Work(tmp_path / "o.gguf", file, corpus(N_TOKENS), relufy.Recipe()) for _ in range(2))
+        works = [relufy.work_folder(tmp_path / "o.gguf", file, corpus(N_TOKENS), relufy.Recipe()) for _ in range(2)]
+        first, second = works
         with first.locked(), pytest.raises(StorageError, match="another process"), second.locked():
             pass
         with second.locked():
