@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
 
 DENSITIES = (0.7, 0.5, 0.4, 0.3)
-# A bin is a float32's exponent and the first 8 bits of its fraction: steps of at most 0.4 %, in order of size.
-_SHIFT = 15
-_BINS = 1 << 16
+# A bin is a float32's exponent and the first 11 bits of its fraction, from 2^-20 to 2^10: steps of at most 0.05 %, in
+# order of size. What is smaller, zeros above all, is in the first bin, what is larger in the last.
+_SHIFT = 12
+_LOWEST = int(np.float32(2**-20).view(np.uint32)) >> _SHIFT
+_BINS = 30 << 11
 _BISECTIONS = 60
 
 
@@ -56,7 +58,7 @@ def collect(
 
     def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
         size = np.abs(ACTIVATIONS[config.activation](gate))
-        bins = (np.ascontiguousarray(size, np.float32).view(np.uint32) >> _SHIFT).ravel()
+        bins = _bins(size).ravel()
         found.count[layer] += np.bincount(bins, minlength=_BINS)
         error = np.square(hidden(config.activation, gate, up) * down_norms[layer])
         error /= np.square(x).mean(axis=1, keepdims=True) + np.float32(1e-12)
@@ -107,20 +109,35 @@ def cheapest(found: Histograms, density: float) -> np.ndarray:
         first = np.argmin(error + price * kept, axis=1)
         share = np.take_along_axis(kept, first[:, None], axis=1).sum() / total.sum()
         low, high = (price, high) if share > density else (low, price)
-    return _edges(np.argmin(error + high * kept, axis=1))
+    few, many = (np.argmin(error + price * kept, axis=1) for price in (high, low))
+    # Prices in between there are none: what is left of the density goes to one layer after the other.
+    left = density * total.sum() - np.take_along_axis(kept, few[:, None], axis=1).sum()
+    for layer in np.flatnonzero(many < few):
+        now, most = kept[layer, few[layer]], kept[layer, many[layer]]
+        if most - now > left:
+            few[layer] = np.searchsorted(-kept[layer], -(now + left))
+            break
+        few[layer], left = many[layer], left - (most - now)
+    return _edges(few)
+
+
+def _bins(size: np.ndarray) -> np.ndarray:
+    """The bins (int64) of values from zero up."""
+    bits = np.ascontiguousarray(size, np.float32).view(np.uint32) >> np.uint32(_SHIFT)
+    return np.clip(bits.astype(np.int64) - _LOWEST, 0, _BINS - 1)
 
 
 def _edges(first: np.ndarray) -> np.ndarray:
-    """The thresholds that drop all bins before `first` [n_layer]: the largest float32 below that bin, at least 0."""
-    edges = (np.minimum(first, (0x7F800000 >> _SHIFT) - 1).astype(np.uint32) << np.uint32(_SHIFT)).view(np.float32)
-    return np.maximum(np.nextafter(edges, np.float32(-1)), np.float32(0))
+    """The thresholds that drop all bins before `first` [n_layer]: the float32 just below that bin; 0 before bin 2."""
+    bits = (first + _LOWEST).astype(np.uint32) << np.uint32(_SHIFT)
+    return np.where(first > 1, np.nextafter(bits.view(np.float32), np.float32(0)), np.float32(0))
 
 
 def densities(found: Histograms, thresholds: np.ndarray) -> np.ndarray:
     """The share of neurons that these thresholds leave, by layer: float64 [n_layer]; exact for ours."""
-    first = (np.asarray(thresholds, np.float32).view(np.uint32) >> _SHIFT) + 1
+    first = np.minimum(_bins(np.asarray(thresholds)) + 1, _BINS - 1)
     kept = np.cumsum(found.count[:, ::-1], axis=1)[:, ::-1]
-    share: np.ndarray = np.take_along_axis(kept, first[:, None].astype(np.int64), axis=1)[:, 0]
+    share: np.ndarray = np.take_along_axis(kept, first[:, None], axis=1)[:, 0]
     return share / np.maximum(1, found.count.sum(axis=1))
 
 
