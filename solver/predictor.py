@@ -16,12 +16,12 @@ import numpy as np
 from ..formats.section_file import Contents, SectionTensor
 from ..formats.types import GGMLType
 from .profile import LayerStats
-from .transpose import decoded, encoded
 
 STEP = 32  # ranks are multiples of this
 SIZE_SHARE = 0.10  # of the model's parameters, the most that all predictors together may have
 DEJAVU_RANK = 1000
-_BISECTIONS = 18
+PRICES = tuple(float(price) for price in np.geomspace(1, 1e-6, 41))  # of a prediction, see choices
+PRESENCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,6 @@ class Weights:
         return result
 
 
-def rounded(kind: str, a: np.ndarray, b: np.ndarray, stored: GGMLType) -> Weights:
-    """The weights after a round trip through the type in which they will be stored."""
-    there_and_back = [decoded(encoded(np.ascontiguousarray(m, np.float32), stored), m.shape, stored) for m in (a, b)]
-    return Weights(kind, *there_and_back)
-
-
 @dataclass(frozen=True)
 class Quality:
     """Of predictions on held-out tokens: shares of the active neurons found, of their squared output found, of the
@@ -59,9 +53,9 @@ class Quality:
     active: float
 
 
-def quality(scores: np.ndarray, cut: np.ndarray, active: np.ndarray, energy: np.ndarray) -> Quality:
-    """scores float32, active bool, energy float32, all [n_tok, n_ff]; cut float32 [n_ff]."""
-    said = scores >= cut
+def quality(scores: np.ndarray, cut: np.ndarray, truth: Truth) -> Quality:
+    """Of scores float32 [n_tok, n_ff] with cut-offs float32 [n_ff]."""
+    said, active, energy = scores >= cut, truth.active, truth.energy
     hit = said & active
     return Quality(
         recall=hit.sum() / max(1, active.sum()),
@@ -72,41 +66,72 @@ def quality(scores: np.ndarray, cut: np.ndarray, active: np.ndarray, energy: np.
     )
 
 
-def choose_cuts(
-    scores: np.ndarray, active: np.ndarray, energy: np.ndarray, recall: float, energy_recall: float
-) -> np.ndarray:
-    """Cut-offs float32 [n_ff] that predict as few neurons as they can and find these shares of the active ones.
+@dataclass(frozen=True)
+class Truth:
+    """What the neurons of a layer really did on some tokens: active bool and energy float32, [n_tok, n_ff].
 
-    Every neuron takes the cut-off that maximises what it finds less a price for each prediction; the price is the same
-    for all, found by bisection. Found counts 1 for an active neuron and its energy over the mean, so that a layer's few
-    strong neurons weigh as much as its many weak ones.
+    Energy is what it costs to miss a neuron: its squared output over that of the whole residual after the layer.
     """
-    n_tok = len(scores)
+
+    active: np.ndarray
+    energy: np.ndarray
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Cut-offs float32 [n_ff] that one price leads to, and what they predict and find on the tokens they come from."""
+
+    cut: np.ndarray
+    found: int
+    strong: float
+    predicted: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A layer's choices, one for each of PRICES, and what there was to be found: active neurons, and their energy."""
+
+    by_price: list[Choice]
+    live: int
+    energy: float
+
+
+def choices(scores: np.ndarray, truth: Truth) -> Choices:
+    """For each price: the cut-offs that maximise what is found less the price for each prediction.
+
+    Found counts an active neuron's energy (times n_ff, so that an average one has about 1) and a little for its mere
+    presence, so that weak neurons are found as well where that is cheap.
+    """
+    n_tok, n_ff = scores.shape
     order = np.argsort(-scores.T, axis=1, kind="stable")  # [n_ff, n_tok], likeliest first
     ordered = np.take_along_axis(scores.T, order, axis=1)
-    live = active.sum(dtype=np.int64)
-    strength = np.where(active, energy, 0).astype(np.float32)
-    total = float(strength.sum(dtype=np.float64))
-    count = _running(np.take_along_axis(active.T, order, axis=1).astype(np.float32))
-    power = _running(np.take_along_axis(strength.T, order, axis=1) / np.float32(max(total / max(1, live), 1e-30)))
+    strength = np.where(truth.active, truth.energy, 0).astype(np.float32)
+    count = _running(np.take_along_axis(truth.active.T, order, axis=1).astype(np.float32))
+    power = _running(np.take_along_axis(strength.T, order, axis=1))
+    gain = power * np.float32(n_ff) + count * np.float32(PRESENCE)
     ranks = np.arange(n_tok + 1, dtype=np.float32)
-    gain = count + power
+    made = []
+    for price in PRICES:
+        k = np.argmax(gain - np.float32(price) * ranks, axis=1)[:, None]
+        cut = np.take_along_axis(ordered, np.clip(np.hstack([k - 1, k]), 0, n_tok - 1), axis=1).mean(axis=1)
+        cut[k[:, 0] == 0], cut[k[:, 0] == n_tok] = np.inf, -np.inf
+        found, strong = (float(np.take_along_axis(part, k, 1).sum(dtype=np.float64)) for part in (count, power))
+        made.append(Choice(cut.astype(np.float32), int(found), strong, int(k.sum())))
+    return Choices(made, int(truth.active.sum()), float(strength.sum(dtype=np.float64)))
 
-    def taken(price: float) -> np.ndarray:
-        return np.argmax(gain - np.float32(price) * ranks, axis=1)[:, None]
 
-    low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
-        price = (low + high) / 2
-        k = taken(price)
-        found = np.take_along_axis(count, k, 1).sum(dtype=np.float64) / max(1, live)
-        strong = np.take_along_axis(power, k, 1).sum(dtype=np.float64) / max(1, live)
-        low, high = (price, high) if found >= recall and strong >= energy_recall else (low, price)
-    k = taken(low)
-    inner = np.take_along_axis(ordered, np.clip(np.hstack([k - 1, k]), 0, n_tok - 1), axis=1)
-    cut = inner.mean(axis=1)
-    cut[k[:, 0] == 0], cut[k[:, 0] == n_tok] = np.inf, -np.inf
-    return cut.astype(np.float32)
+def settle(layers: Sequence[Choices], recall: float, energy: float) -> int:
+    """Number of the highest price at which the layers together find these shares of what is active, and of its energy.
+
+    One price for all layers spends predictions where they matter most. The lowest price where none is enough.
+    """
+    live, total = sum(layer.live for layer in layers), sum(layer.energy for layer in layers)
+    for number in range(len(PRICES)):
+        found = sum(layer.by_price[number].found for layer in layers)
+        strong = sum(layer.by_price[number].strong for layer in layers)
+        if found >= recall * live and strong >= energy * total:
+            return number
+    return len(PRICES) - 1
 
 
 def _running(values: np.ndarray) -> np.ndarray:

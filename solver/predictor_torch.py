@@ -41,19 +41,18 @@ class FFN:
     activation: str
     limit: float | None = None
 
-    def see(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(active bool, energy float32) [n_tok, n_ff] for normed inputs [n_tok, n_embd].
+    def see(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """(active bool, energy float32) [n_tok, n_ff] for normed inputs [n_tok, n_embd] and residuals' squares [n_tok].
 
-        Energy is a neuron's squared output over its token's, which are smoothed by the batch's mean: a few tokens have
-        outputs so large that all the others would not count beside them.
+        Energy is a neuron's squared output over that of the token's residual after the layer, taking outputs as
+        orthogonal: a few tokens have values so large that without this no other would count beside them.
         """
         gate, up = (x @ self.gate.T).float(), (x @ self.up.T).float()
         up = F.relu(up) if self.activation == "drelu" else up
         value = _ACTIVATIONS[self.activation](gate)
         active = gate > 0 if self.limit is None else value.abs() > self.limit
         energy = (value * up * self.down_norms).square_()
-        by_token = energy.sum(1, keepdim=True)
-        return active, energy / (by_token + by_token.median()).clamp_min(1e-30)
+        return active, energy / (size[:, None] + energy.sum(1, keepdim=True)).clamp_min(1e-30)
 
     def to(self, dtype: torch.dtype) -> FFN:
         """The same with matrices of another type."""
@@ -97,12 +96,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def prepare(ffn: FFN, inputs: np.ndarray) -> Layer:
-    """Targets and start for float16 inputs [n_tok, n_embd]; the weights of `ffn` (float32) say on which device."""
+def prepare(ffn: FFN, inputs: np.ndarray, sizes: np.ndarray) -> Layer:
+    """Targets and start, from float16 inputs [n_tok, n_embd] and the residuals' squares float32 [n_tok].
+
+    The weights of `ffn` (float32) say on which device.
+    """
     where = ffn.gate.device
     dtype = fastest_dtype() if where.type == "cpu" else torch.bfloat16
     quick = ffn.to(dtype)
-    x16 = torch.from_numpy(np.ascontiguousarray(inputs)).to(where)
+    x16, size = (torch.from_numpy(np.ascontiguousarray(part)).to(where) for part in (inputs, sizes))
     target = torch.empty(len(x16), len(ffn.gate), dtype=torch.float16, device=where)
     total = torch.zeros(x16.shape[1], dtype=torch.float64, device=where)
     square = torch.zeros(x16.shape[1], x16.shape[1], dtype=torch.float64, device=where)
@@ -111,7 +113,7 @@ def prepare(ffn: FFN, inputs: np.ndarray) -> Layer:
         x = x16[begin : begin + BATCH].float()
         total += x.sum(0)
         square += x.T @ x
-        active, energy = quick.see(x.to(dtype))
+        active, energy = quick.see(x.to(dtype), size[begin : begin + BATCH])
         if usual is None:  # the first batch tells well enough
             usual = energy[active].mean().clamp_min(1e-30) if active.any() else energy.new_tensor(1.0)
         weight = (energy / usual).clamp_max_(_STRONGEST**2).sqrt_().mul_(0.5).add_(0.5)

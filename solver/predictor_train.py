@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +14,10 @@ from ..formats.config import ModelConfig
 from ..formats.gguf import GGUFFile
 from ..formats.types import GGMLType
 from . import predictor, transpose
-from .predictor import Prices, Trained, choose_cuts
+from .predictor import Choices, Prices, Trained, Truth, Weights, settle
 from .predictor_torch import FFN, Layer, device, prepare, train
 from .profile import statistics
+from .recording import Recording
 
 _SEARCHED = 2048  # tokens on which ranks are compared
 _MARGIN = 0.15  # of what may be missed: the cut-offs aim higher, as other text is never quite like theirs
@@ -49,21 +50,28 @@ class Split:
 def train_all(
     file: GGUFFile,
     config: ModelConfig,
-    inputs: np.ndarray,
+    recorded: Recording,
     split: Split,
     plan: Plan,
     progress: Callable[[int, str], object] = lambda layer, what: None,
-) -> Iterator[Trained]:
-    """Yield a predictor for each layer in turn; inputs: float16 [n_layer, n_tok, n_embd], see Recording."""
+) -> list[Trained]:
+    """A predictor for each layer; progress is called with a layer's number and what is going on there."""
     parameters = sum(math.prod(info.shape) for info in file.tensors.values())
     left = predictor.SIZE_SHARE * parameters
     each = config.n_embd + config.n_ff  # weights of one rank
     prices = _prices(file, config, plan.stored)
+    drafts = []
     for n in range(config.n_layer):
         limit = max(predictor.STEP, int(left / (config.n_layer - n) / each))
-        result = _Trainer(file, config, n, inputs[n], split, plan).run(limit, prices, partial(progress, n))
-        left -= result.rank * each
-        yield result
+        layer = _Layer(file, config, n, recorded, split, plan)
+        drafts.append(layer.draft(limit, prices, partial(progress, n)))
+        left -= drafts[-1].rank * each
+    price = settle([draft.choices for draft in drafts], *_aims(plan))
+    result = []
+    for n, draft in enumerate(drafts):
+        progress(n, "judging")
+        result.append(_Layer(file, config, n, recorded, split, plan).judged(draft, price))
+    return result
 
 
 def _prices(file: GGUFFile, config: ModelConfig, stored: GGMLType) -> Prices:
@@ -73,64 +81,81 @@ def _prices(file: GGUFFile, config: ModelConfig, stored: GGMLType) -> Prices:
     return Prices(rank, rows + config.n_embd * down_t.type_size / down_t.block_size)
 
 
-class _Trainer:
+def _aims(plan: Plan) -> tuple[float, float]:
+    """The shares that the cut-offs aim at on the tokens that they are chosen on."""
+    return plan.recall + _MARGIN * (1 - plan.recall), plan.energy + _MARGIN * (1 - plan.energy)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A trained predictor as stored, its cut-offs still open: one choice for each price."""
+
+    rank: int
+    a: np.ndarray
+    b: np.ndarray
+    choices: Choices
+    bias: np.ndarray
+
+
+class _Layer:
     def __init__(
-        self, file: GGUFFile, config: ModelConfig, n: int, inputs: np.ndarray, split: Split, plan: Plan
+        self, file: GGUFFile, config: ModelConfig, n: int, recorded: Recording, split: Split, plan: Plan
     ) -> None:
-        self.n_embd, self.n_ff, self.plan = config.n_embd, config.n_ff, plan
+        self.n, self.n_embd, self.n_ff, self.plan = n, config.n_embd, config.n_ff, plan
         gate, up, down = (
             torch.from_numpy(file.dequantized(f"blk.{n}.ffn_{part}.weight")).to(device())
             for part in ("gate", "up", "down")
         )
         limit = None if plan.limits is None else float(plan.limits[n])
         self.ffn = FFN(gate, up, down.norm(dim=0), config.activation, limit)
-        ends = np.cumsum([split.trained, split.cuts, split.judged])
-        self.trained = inputs[: ends[0]]
-        self.cuts, self.judged = (self._truth(inputs[a:b]) for a, b in ((ends[0], ends[1]), (ends[1], ends[2])))
+        self.inputs, self.sizes = recorded.inputs[n], recorded.sizes[n]
+        ends = [0, *np.cumsum([split.trained, split.cuts, split.judged]).tolist()]
+        self.parts = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]
 
-    def _truth(self, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(inputs float32, active, energy) of held-out tokens."""
-        x = inputs.astype(np.float32)
-        active, energy = self.ffn.see(torch.from_numpy(x).to(device()))
-        return x, active.cpu().numpy(), energy.cpu().numpy()
+    def truth(self, part: slice) -> tuple[np.ndarray, Truth]:
+        """(inputs float32, what the neurons really do)."""
+        x = self.inputs[part].astype(np.float32)
+        active, energy = self.ffn.see(*(torch.from_numpy(value).to(device()) for value in (x, self.sizes[part])))
+        # as with thresholds: after an early layer there are more to mend what it gets wrong
+        return x, Truth(active.cpu().numpy(), energy.cpu().numpy() * np.float32(math.sqrt(self.n + 1)))
 
-    def run(self, limit: int, prices: Prices, progress: Callable[[str], object]) -> Trained:
-        plan = self.plan
+    def draft(self, limit: int, prices: Prices, progress: Callable[[str], object]) -> _Draft:
+        plan, trained = self.plan, self.parts[0]
         progress("targets")
-        layer = prepare(self.ffn, self.trained)
+        layer = prepare(self.ffn, self.inputs[trained], self.sizes[trained])
+        x, truth = self.truth(self.parts[1])
         if plan.kind == "dejavu":
             rank = min(predictor.DEJAVU_RANK, self.n_embd) // predictor.STEP * predictor.STEP
         else:
             progress("rank")
-            stats = statistics(self.cuts[1].mean(axis=0))
-            rank = predictor.search_rank(
-                predictor.first_rank(stats, self.n_embd), limit, lambda rank: self._cost(layer, rank, prices)
-            )
-        total = plan.epochs * len(self.trained)
+            some = Truth(truth.active[:_SEARCHED], truth.energy[:_SEARCHED])
+            first = predictor.first_rank(statistics(truth.active.mean(axis=0)), self.n_embd)
+            cost = partial(self._cost, layer, prices, x[:_SEARCHED], some)
+            rank = predictor.search_rank(first, limit, cost)
+        total = plan.epochs * trained.stop
 
-        def trained(tokens: int) -> None:
+        def told(tokens: int) -> None:
             progress(f"rank {rank}, {min(1, tokens / total):.0%} trained")
 
-        a, b, bias = train(layer, rank, plan.kind, plan.epochs, trained)
+        a, b, bias = train(layer, rank, plan.kind, plan.epochs, told)
         progress("cut-offs")
-        a_bytes, b_bytes = (transpose.encoded(m, plan.stored) for m in (a, b))
-        weights = predictor.Weights(
-            plan.kind,
-            transpose.decoded(a_bytes, a.shape, plan.stored),
-            transpose.decoded(b_bytes, b.shape, plan.stored),
-        )
-        cut = -bias if plan.kind == "dejavu" else self._cut(weights.scores(self.cuts[0]), *self.cuts[1:])
-        quality = predictor.quality(weights.scores(self.judged[0]), cut, *self.judged[1:])
-        return Trained(rank, a_bytes, b_bytes, cut, quality)
+        a, b = transpose.encoded(a, plan.stored), transpose.encoded(b, plan.stored)
+        return _Draft(rank, a, b, predictor.choices(self._weights(rank, a, b).scores(x), truth), bias)
 
-    def _cut(self, scores: np.ndarray, active: np.ndarray, energy: np.ndarray) -> np.ndarray:
-        recall, strong = (share + _MARGIN * (1 - share) for share in (self.plan.recall, self.plan.energy))
-        return choose_cuts(scores, active, energy, recall, strong)
+    def judged(self, draft: _Draft, price: int) -> Trained:
+        cut = -draft.bias if self.plan.kind == "dejavu" else draft.choices.by_price[price].cut
+        x, truth = self.truth(self.parts[2])
+        scores = self._weights(draft.rank, draft.a, draft.b).scores(x)
+        return Trained(draft.rank, draft.a, draft.b, cut, predictor.quality(scores, cut, truth))
 
-    def _cost(self, layer: Layer, rank: int, prices: Prices) -> float:
+    def _weights(self, rank: int, a: np.ndarray, b: np.ndarray) -> Weights:
+        shapes = (rank, self.n_embd), (self.n_ff, rank)
+        stored = self.plan.stored
+        return Weights(self.plan.kind, *(transpose.decoded(m, s, stored) for m, s in zip((a, b), shapes, strict=True)))
+
+    def _cost(self, layer: Layer, prices: Prices, x: np.ndarray, truth: Truth, rank: int) -> float:
         """Bytes that a token reads with the linear start of this rank: training changes all ranks much alike."""
         a, b, _ = (m.cpu().numpy() for m in layer.start(rank, self.plan.kind))
-        x, active, energy = (part[:_SEARCHED] for part in self.cuts)
-        scores = predictor.Weights(self.plan.kind, a, b).scores(x)
-        cut = self._cut(scores, active, energy)
-        return prices.of(rank, float((scores >= cut).mean()), self.n_ff)
+        found = predictor.choices(Weights(self.plan.kind, a, b).scores(x), truth)
+        chosen = found.by_price[settle([found], *_aims(self.plan))]
+        return prices.of(rank, chosen.predicted / truth.active.size, self.n_ff)

@@ -29,8 +29,9 @@ def nbytes(config: ModelConfig, tokens: int) -> int:
 
 
 class Recording:
-    """inputs[layer]: float16 [n_tok, n_embd], the normed inputs of that layer's FFN; the file goes with close().
+    """inputs[layer]: float16 [n_tok, n_embd], the normed inputs of that layer's FFN, in a file that goes with close().
 
+    sizes[layer]: float32 [n_tok], the sum of squares of the residual before the norm.
     folder: where the temporary file is made, by default the system's. StorageError where it does not fit.
     """
 
@@ -45,6 +46,7 @@ class Recording:
         self._stack = ExitStack()
         file = self._stack.enter_context(tempfile.TemporaryFile(dir=where))
         self.tokens = 0
+        self.sizes = np.zeros((config.n_layer, tokens), np.float32)
         self.inputs = np.memmap(file, np.float16, "w+", shape=(config.n_layer, tokens, config.n_embd))
 
     def run(
@@ -56,10 +58,11 @@ class Recording:
         done = 0
 
         def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
-            root = np.sqrt(np.square(x).mean(axis=1, keepdims=True) + np.float32(config.norm_eps))
-            normed = np.clip(x / root * norms[layer], -_HALF_MAX, _HALF_MAX)
-            first = self.tokens + done
-            self.inputs[layer, first : first + len(x)] = normed
+            size = np.square(x).sum(axis=1)
+            root = np.sqrt(size / np.float32(x.shape[1]) + np.float32(config.norm_eps))
+            at = slice(self.tokens + done, self.tokens + done + len(x))
+            self.inputs[layer, at] = np.clip(x / root[:, None] * norms[layer], -_HALF_MAX, _HALF_MAX)
+            self.sizes[layer, at] = size
 
         for window in corpus.windows(min(N_CTX, engine.n_ctx)):
             sequence = engine.new_sequence()

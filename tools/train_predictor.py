@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from ..solver.predictor import Trained
     from ..solver.predictor_train import Plan, Split
+    from ..solver.recording import Recording
 
 TOKENS = 65_536
 JUDGED, CUTS = 8192, 6144  # held-out tokens
@@ -101,7 +102,7 @@ def train_predictor(
                 recorded.run(engine, known, progress)
                 recorded.run(engine, held_out, progress)
             before = None if no_perplexity else offline.perplexity(engine, held_out)
-            layers = _train(engine.file, config, recorded.inputs, _split(len(known), len(held_out)), plan)
+            layers = _train(engine.file, config, recorded, _split(len(known), len(held_out)), plan)
         weights = sum(np.prod(info.shape, dtype=np.int64) for info in engine.file.tensors.values())
         model_bytes = sum(info.nbytes for info in engine.file.tensors.values())
     report = _report(layers, config, plan, int(weights), model_bytes)
@@ -155,7 +156,7 @@ def _split(known: int, held_out: int) -> Split:
     return Split(known - cuts, cuts, held_out)
 
 
-def _train(file: GGUFFile, config: ModelConfig, inputs: np.ndarray, split: Split, plan: Plan) -> list[Trained]:
+def _train(file: GGUFFile, config: ModelConfig, recorded: Recording, split: Split, plan: Plan) -> list[Trained]:
     from ..solver.predictor_train import train_all
 
     status = console.StatusLine()
@@ -164,7 +165,7 @@ def _train(file: GGUFFile, config: ModelConfig, inputs: np.ndarray, split: Split
         status(f"training, layer {layer + 1} of {config.n_layer}: {what}")
 
     try:
-        return list(train_all(file, config, inputs, split, plan, progress))
+        return train_all(file, config, recorded, split, plan, progress)
     finally:
         status.clear()
 
@@ -179,12 +180,19 @@ def _report(
         "kind": plan.kind,
         "type": plan.stored.name,
         "layers": rows,
-        "overall": {name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "bytes"},
+        "overall": _overall(rows),
         "parameters": own,
         "parameter_share": own / weights,
         "bytes": size,
         "byte_share": size / model_bytes,
     }
+
+
+def _overall(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Of all layers' neurons together; energy and rank are the layers' means."""
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in ("rank", "energy", "predicted", "active")}
+    hit = float(np.mean([row["recall"] * row["active"] for row in rows]))
+    return mean | {"recall": hit / max(mean["active"], 1e-30), "precision": hit / max(mean["predicted"], 1e-30)}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, float]:
