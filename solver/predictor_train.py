@@ -116,8 +116,7 @@ class _Layer:
         """(inputs float32, what the neurons really do)."""
         x = self.inputs[part].astype(np.float32)
         active, energy = self.ffn.see(*(torch.from_numpy(value).to(device()) for value in (x, self.sizes[part])))
-        # as with thresholds: after an early layer there are more to mend what it gets wrong
-        return x, Truth(active.cpu().numpy(), energy.cpu().numpy() * np.float32(math.sqrt(self.n + 1)))
+        return x, Truth(active.cpu().numpy(), energy.cpu().numpy())
 
     def draft(self, limit: int, prices: Prices, progress: Callable[[str], object]) -> _Draft:
         plan, trained = self.plan, self.parts[0]
