@@ -101,7 +101,7 @@ class _Layer:
     def __init__(
         self, file: GGUFFile, config: ModelConfig, n: int, recorded: Recording, split: Split, plan: Plan
     ) -> None:
-        self.n, self.n_embd, self.n_ff, self.plan = n, config.n_embd, config.n_ff, plan
+        self.n_embd, self.n_ff, self.plan = config.n_embd, config.n_ff, plan
         gate, up, down = (
             torch.from_numpy(file.dequantized(f"blk.{n}.ffn_{part}.weight")).to(device())
             for part in ("gate", "up", "down")

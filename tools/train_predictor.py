@@ -17,6 +17,7 @@ from .console import human_bytes, note
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
     from ..formats.gguf import GGUFFile
+    from ..formats.section_file import SectionTensor
     from ..runtime.engine import Engine
     from ..solver.predictor import Trained
     from ..solver.predictor_train import Plan, Split
@@ -83,6 +84,7 @@ def train_predictor(
     if importlib.util.find_spec("torch") is None:
         raise UnsupportedError("train-predictor needs PyTorch: pip install 'hotcold[train]'")
     from ..formats.gguf import GGUFFile
+    from ..formats.section_file import Contents
     from ..formats.tokenizer import load_tokenizer
     from ..formats.types import GGMLType
     from ..solver import corpus, predictor, recording
@@ -109,7 +111,9 @@ def train_predictor(
     report |= {"model": model, "dataset": text.name, "tokens": len(known), "held_out": len(held_out)}
     report |= {"perplexity_dense": before, "perplexity": None}
     if not dry_run:
-        offline.save(path, predictor.contents(layers, plan.kind, plan.stored, config.n_embd), sidecar)
+        with GGUFFile(path) as file:
+            made = predictor.contents(layers, plan.kind, plan.stored, config.n_embd)
+            offline.save(path, Contents(made.metadata, made.tensors + _down_t(file, config)), sidecar)
         if not no_perplexity:
             with console.open_engine(str(path), None, threads, "predict") as engine:
                 report["perplexity"] = offline.perplexity(engine, held_out)
@@ -141,6 +145,19 @@ def _limits(engine: Engine, density: float | None) -> np.ndarray | None:
                 if at.size:
                     return np.array(known.values[at[0]])
     raise ParameterError(f"--threshold: got {density:g}, wanted a density that `hotcold sparsify` has prepared")
+
+
+def _down_t(file: GGUFFile, config: ModelConfig) -> list[SectionTensor]:
+    """What the engine would otherwise make at every load; nothing where the section has it."""
+    from ..formats.section import find_section
+    from ..solver import transpose
+
+    section = find_section(file, config)
+    if section is not None:
+        with section:
+            if section.has_down_t():
+                return []
+    return transpose.contents(file, config).tensors
 
 
 def _check_sizes(config: ModelConfig, plan: Plan) -> None:

@@ -136,6 +136,7 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
         assert section is not None
         with section:
             found = section.predictors()
+            assert section.has_down_t()
     assert found is not None and found.kind == "relu" and found.input == "ffn_norm"
     assert list(found.ranks) == [row["rank"] for row in report["layers"]]
     assert report["parameter_share"] == pytest.approx(sum(found.ranks) * (64 + 96) / parameters)
