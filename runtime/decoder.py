@@ -98,7 +98,7 @@ def _sparse_ffn(graph: Graph, config: ModelConfig, layer: int, plan: Plan, rank:
         if plan.predictor == "relu":
             add("activate", f"r{rank}", f"r{rank}", function="relu")
         add("matmul", f"r{rank}", "scores", "ffn_pred_b")
-        add("select", "scores", f"{active} picked", function="predict", cut=cut, limit=plan.limit)
+        add("select", "scores", f"{active} picked", cut=cut, limit=plan.limit)
         add("rows", f"f {active}", "gate", "ffn_gate", "sparse")
         add("rows", f"f {active}", "up", "ffn_up", "sparse")
         add("activate", f"gate up picked {active}", "gate", "", "sparse", function=function)
@@ -108,7 +108,7 @@ def _sparse_ffn(graph: Graph, config: ModelConfig, layer: int, plan: Plan, rank:
         add("activate", "gate up scores", "gate h", "", "dense", function=function, cut=cut)
     else:
         add("matmul", "f", "gate", "ffn_gate")
-        add("select", "gate", f"{active} picked", function=function, threshold=threshold, limit=plan.limit)
+        add("select", "gate", f"{active} picked", threshold=threshold, limit=plan.limit)
         add("rows", f"f {active}", "up", "ffn_up", "sparse")
         add("activate", f"picked up {active}", "picked", "", "sparse", function=function, threshold=threshold)
         add("down", f"picked x {active}", "x", "ffn_down_t", "sparse")

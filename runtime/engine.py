@@ -10,7 +10,7 @@ from types import TracebackType
 import numpy as np
 
 from ..formats.config import ModelConfig
-from ..formats.errors import ClosedError, ParameterError
+from ..formats.errors import ClosedError, ParameterError, UnsupportedError
 from ..formats.gguf import GGUFFile
 from ..formats.section import Section, find_section
 from .cpu.layout import KV_BLOCK
@@ -66,6 +66,8 @@ class Engine:
             _check_context(self.config, self.n_ctx)
             self.n_threads = n_threads or default_threads()
             self.n_vocab = self.config.n_vocab
+            if self.file.powerinfer and not use_section:
+                raise UnsupportedError(f"{self.file.path}: a PowerInfer file: `hotcold convert` it first")
             if use_section:
                 self.section = find_section(self.file, self.config)
             self.plan = plan(wanted, self.config, self.section)

@@ -132,7 +132,7 @@ def _quiet_hub() -> Iterator[None]:
 
 def _is_model(name: str) -> bool:
     base = name.rpartition("/")[2].lower()
-    return base.endswith(".gguf") and not base.startswith(("mmproj", "imatrix"))
+    return base.endswith(".gguf") and not base.startswith(("mmproj", "imatrix", "hotcold-"))
 
 
 def _translated(exc: Exception, repo: str, file: str | None) -> Exception:

@@ -6,6 +6,8 @@ for a density. predict: those that a small predictor expects to be active. The l
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,18 +65,52 @@ class Plan:
     dense_from_t: bool = False
 
 
+def gate_range(activation: str, threshold: float) -> tuple[float, float, float]:
+    """(low, high, top): |act(x)| >= threshold where x >= top or low <= x <= high; no such low and high is (inf, inf)."""
+    if threshold <= 0:
+        return math.inf, math.inf, -math.inf
+    if activation in ZEROS:
+        return math.inf, math.inf, math.sqrt(threshold) if activation == "relu2" else threshold
+    act = {"silu": _silu, "gelu": _gelu}[activation]
+    top = _bisect(lambda x: act(x) >= threshold, 0.0, 2 * threshold + 1)
+    # Below zero both dip to one minimum, between -5 and 0, and come back.
+    dip = min(np.linspace(-5.0, 0.0, 5001), key=act)
+    if -act(dip) < threshold:
+        return math.inf, math.inf, top
+    low = _bisect(lambda x: -act(x) >= threshold, -100.0, dip)
+    return low, -_bisect(lambda x: -act(-x) >= threshold, 0.0, -dip), top
+
+
+def _silu(x: float) -> float:
+    return x / (1 + math.exp(-x))
+
+
+def _gelu(x: float) -> float:
+    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _bisect(holds: Callable[[float], bool], no: float, yes: float) -> float:
+    """Where a condition begins to hold on the way from `no` to `yes`."""
+    for _ in range(60):
+        middle = (no + yes) / 2
+        no, yes = (no, middle) if holds(middle) else (middle, yes)
+    return yes
+
+
 def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan | None:
     """The plan for a model, or None for a dense one.
 
-    auto is exact where activations have zeros, and else dense; of a model whose section brings ffn_down_t, dense is the
-    plan that lists all neurons. ParameterError if the model or its section does not have what the mode needs.
+    auto is exact where activations have zeros, and else dense. For a model with both exact and dense modes whose section
+    brings ffn_down_t, dense is a plan too, one that lists all neurons: so both compute with the same weights.
+    ParameterError if the model or its section does not have what the mode needs.
     """
     zeros = config.activation in ZEROS
     if wanted.kind == "auto":
         wanted = Sparsity("exact" if zeros else "dense")
     from_section = section is not None and section.has_down_t()
     if wanted.kind == "dense":
-        return Plan(wanted, (0.0,) * config.n_layer, config.n_ff, dense_from_t=True) if from_section else None
+        same = from_section and zeros
+        return Plan(wanted, (0.0,) * config.n_layer, config.n_ff, dense_from_t=True) if same else None
     limit = config.n_ff if from_section else int(CROSSOVER * config.n_ff)
     exact = (_SMALLEST if zeros else 0.0,) * config.n_layer
     if wanted.kind == "exact":

@@ -47,7 +47,7 @@ MatMul = arguments(
     "MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes"
 )
 Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice {_PACKED}")
-Select = arguments("Select", "src n threshold cut list picked choice limit")
+Select = arguments("Select", "src n low high top cut list picked choice limit")
 Rows = arguments("Rows", "w out k row_bytes out_stride list choice chunk parts ahead xq xd xn xs xf")
 Down = arguments("Down", "w out h h_stride n row_bytes list choice parts ahead")
 AddParts = arguments("AddParts", "sums out n parts")

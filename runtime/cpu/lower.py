@@ -13,6 +13,7 @@ from ..graph import Graph, Node
 from ..kv_cache import KVCache
 from ..memory import ALIGNMENT as CACHE_LINE
 from ..memory import aligned
+from ..sparsity import gate_range
 from ..tensors import Tensors
 from . import jit
 from .buffers import GROUPS, PANEL_CACHE, Buffers, t_panels
@@ -246,15 +247,18 @@ class _Lowering:
     # --- sparse FFN ---
 
     def select(self, node: Node) -> None:
+        low, high, top = gate_range(self.config.activation, node.threshold)
         self.emit(
-            f"select:{node.function}",
+            "select:scores" if node.cut else "select:gates",
             Select,
             node,
             node.reads,
             node.writes,
             src=self.buffers.floats(node.reads[0]),
             n=self.widths[node.reads[0]],
-            threshold=float(node.threshold),
+            low=low,
+            high=high,
+            top=top,
             cut=self.buffers.vector(node.cut) if node.cut else 0,
             picked=self.buffers.floats("picked"),
             limit=node.limit,
@@ -287,7 +291,8 @@ class _Lowering:
 
     def down(self, node: Node) -> None:
         kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
-        parts = max(8, 4 * self.n_threads)
+        # By the model's size alone, so that the sums do not depend on the number of threads.
+        parts = min(16, max(4, info.nbytes >> 19))
         sums = self.buffers.parts(parts)
         self.emit(
             f"down:{kind}",

@@ -126,6 +126,7 @@ def _plain(t: Plain) -> Product:
             p += four
             i += 128
         if i + 64 <= k:
+            prefetch(p + ahead, two)
             a = two_blocks(p, q + i, d + i, n + i, s + i, a)
             p += two
             i += 64

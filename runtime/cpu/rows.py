@@ -33,9 +33,11 @@ def build(family: str, variant: str) -> Any:
             for i in range(first, min(first + chunk, n)):
                 r = i32_at(listed + i * 4)
                 # What the hardware fetches by itself is the next row in memory, which may not be wanted.
-                far = w + i32_at(listed + min(i + 4 * ahead, n - 1) * 4) * row_bytes
-                prefetch(far, 64)
-                prefetch(far + row_bytes - 64, 64)
+                # Rows still further on, if long, bring their pages' addresses into the processor's tables.
+                if row_bytes > 1024:
+                    far = w + i32_at(listed + min(i + 4 * ahead, n - 1) * 4) * row_bytes
+                    prefetch(far, 64)
+                    prefetch(far + row_bytes - 64, 64)
                 later = (i32_at(listed + min(i + ahead, n - 1) * 4) - r) * row_bytes
                 for t in range(n_tok):
                     o = t * k

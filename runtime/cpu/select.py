@@ -7,40 +7,39 @@ from typing import Any
 from .atomics import atomic_add
 from .layout import TILE_MIN, Choice, Select, Step
 from .loads import f32_at, f64_at, i64_at, load_f32, put_f32, put_i32, put_i64
-from .simd import bits_less, count_ones, lowest_bit, splat_f32, vabs
+from .simd import bits_less, count_ones, lowest_bit, splat_f32
 from .tape import finish, take
 from .vector import LANES
-from .vmath import gate
 from .weights import inline
 
 
 def build(family: str, variant: str) -> Any:
-    """`select:NAME`: neurons with |act(src)| >= threshold, src being their gates; `select:predict`: src >= cut.
+    """`select:gates`: neurons whose gate is at least `top`, or between `low` and `high`; `select:scores`: score >= cut.
 
     Few tokens get a list of the neurons that any of them needs, and for each token and listed neuron the gate, or the
     score less its cut (`picked`). If the list is longer than the limit, or tokens are many, the step is dense.
     """
     args_of, step_of, choice_of, tile_min, lanes = Select, Step, Choice, TILE_MIN, LANES
-    predict = variant == "predict"
-    act = gate("relu" if predict else variant)
+    predict = variant == "scores"
     full = (1 << LANES) - 1
 
     @inline
-    def wanted(src, cut, threshold, n):
-        """Bits of the lanes whose neurons are active."""
+    def wanted(src, cut, low, high, top, n):
+        """Bits of the lanes whose neurons are active; those of NaNs are, so that they are not hidden."""
         v = load_f32(src, n)
         if predict:
             return ~bits_less(v, load_f32(cut, n))
-        return ~bits_less(vabs(act(v, n)), splat_f32(threshold, n))
+        middle = bits_less(v, splat_f32(low, n)) | bits_less(splat_f32(high, n), v)
+        return ~(bits_less(v, splat_f32(top, n)) & middle)
 
     @inline
-    def count(src, cut, threshold, n):
+    def count(src, cut, low, high, top, n):
         total, i = 0, 0
         while i + lanes <= n:
-            total += count_ones(wanted(src + i * 4, cut + i * 4, threshold, lanes) & full)
+            total += count_ones(wanted(src + i * 4, cut + i * 4, low, high, top, lanes) & full)
             i += lanes
         while i < n:
-            total += wanted(src + i * 4, cut + i * 4, threshold, 1) & 1
+            total += wanted(src + i * 4, cut + i * 4, low, high, top, 1) & 1
             i += 1
         return total
 
@@ -61,7 +60,8 @@ def build(family: str, variant: str) -> Any:
 
     def select(args, step, ith, turn):
         n_tok = i64_at(step + step_of.n_tok)
-        src, n, threshold = i64_at(args + args_of.src), i64_at(args + args_of.n), f64_at(args + args_of.threshold)
+        src, n = i64_at(args + args_of.src), i64_at(args + args_of.n)
+        low, high, top = f64_at(args + args_of.low), f64_at(args + args_of.high), f64_at(args + args_of.top)
         cut, to, picked = i64_at(args + args_of.cut), i64_at(args + args_of.list), i64_at(args + args_of.picked)
         choice, limit = i64_at(args + args_of.choice), i64_at(args + args_of.limit)
         few = n_tok < tile_min
@@ -75,7 +75,7 @@ def build(family: str, variant: str) -> Any:
                 while i + lanes <= n:
                     union = 0
                     for t in range(n_tok):
-                        bits = wanted(src + (t * n + i) * 4, cut + i * 4, threshold, lanes) & full
+                        bits = wanted(src + (t * n + i) * 4, cut + i * 4, low, high, top, lanes) & full
                         active += count_ones(bits)
                         union |= bits
                     found = add(union, i, n_tok, src, cut, n, to, picked, found)
@@ -83,13 +83,13 @@ def build(family: str, variant: str) -> Any:
                 while i < n:
                     union = 0
                     for t in range(n_tok):
-                        bits = wanted(src + (t * n + i) * 4, cut + i * 4, threshold, 1) & 1
+                        bits = wanted(src + (t * n + i) * 4, cut + i * 4, low, high, top, 1) & 1
                         active += bits
                         union |= bits
                     found = add(union, i, n_tok, src, cut, n, to, picked, found)
                     i += 1
             else:
-                found, active = n, count(src + c * n * 4, cut, threshold, n)
+                found, active = n, count(src + c * n * 4, cut, low, high, top, n)
             atomic_add(choice + choice_of.active, active)
             if c == 0:
                 sparse = 1 if few and found <= limit else 0
