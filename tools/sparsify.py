@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..formats.errors import ParameterError
 from . import console, offline, options
 from .console import human_bytes, note
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = 8192  # tokens, from the text's end, for perplexity and densities
 HELD_OUT_SHARE = 0.4  # of the text, at most
-TOKENS = 24_576
+TOKENS, MIN_TOKENS = 24_576, 64
 
 Densities = Annotated[
     list[float] | None,
@@ -48,6 +49,8 @@ def sparsify(
     with console.open_engine(str(path), None, threads, "dense", use_section=False) as engine:
         config = engine.config
         text = corpus.load(texts or [], load_tokenizer(engine.file), tokens)
+        if len(text) < MIN_TOKENS:
+            raise ParameterError(f"{text.name}: got {len(text)} tokens, wanted at least {MIN_TOKENS}, better {TOKENS}")
         known, held_out = text.split(min(HELD_OUT, int(len(text) * HELD_OUT_SHARE)))
         norms = transpose.down_norms(engine.file, config)
         with offline.token_bar("looking at activations, tokens", len(text)) as progress:
@@ -99,7 +102,7 @@ def _sparse_perplexity(path: Path, density: float, threads: int | None, held_out
 
 def _print(report: dict[str, Any]) -> None:
     print(f"thresholds from {report['tokens']} tokens of {console.printable(report['dataset'])}", end="")
-    print(f", measured on {report['held_out']} others" if report["held_out"] else "")
+    print(f", measured on {report['held_out']} others")
     print(f"{'density':>8}  {'measured':>8}  {'perplexity':>10}  {'cost':>7}  {'FFN read/token':>14}  {'of dense':>8}")
     dense = report["rows"][0]["perplexity"]
     for row in report["rows"]:

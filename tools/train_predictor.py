@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..solver.predictor_train import Plan, Split
     from ..solver.recording import Recording
 
-TOKENS = 65_536
+TOKENS, MIN_TOKENS = 65_536, 256
 JUDGED, CUTS = 8192, 6144  # held-out tokens
 JUDGED_SHARE, CUTS_SHARE = 0.2, 0.15  # of the text, at most
 
@@ -93,6 +93,8 @@ def train_predictor(
     path = console.find_model(model)
     with GGUFFile(path) as file:
         text = corpus.load(texts or [], load_tokenizer(file), tokens)
+    if len(text) < MIN_TOKENS:
+        raise ParameterError(f"{text.name}: got {len(text)} tokens, wanted at least {MIN_TOKENS}, better {TOKENS}")
     known, held_out = text.split(min(JUDGED, int(len(text) * JUDGED_SHARE)))
     with console.open_engine(str(path), None, threads, "dense", use_section=False) as engine:
         config = engine.config

@@ -172,6 +172,13 @@ def test_a_model_without_zeros_needs_thresholds(tiny_model: Make, tmp_path: Path
     assert json.loads(result.stdout)["overall"]["active"] == pytest.approx(0.5, abs=0.1)
 
 
+def test_too_little_text(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(TEXT)
+    for command in ("train-predictor", "sparsify"):
+        result = invoke(command, model, tmp_path / "short.txt", "-t", "1")
+        assert result.exit_code == 1 and "tokens, wanted at least" in result.stderr
+
+
 def test_powerinfer_counts_are_sorted_by_number(tmp_path: Path) -> None:
     for layer in range(12):
         counts = torch.zeros(5, dtype=torch.int64)
