@@ -20,7 +20,7 @@ MODES = "auto, dense, exact, threshold=D (0 < D <= 1) or predict"
 ZEROS = ("relu", "relu2", "drelu")  # activations that are exactly zero for a gate below zero
 _SMALLEST = float(np.finfo(np.float32).tiny)
 # The longest list of neurons, as a share of all, for which one token is computed sparsely; measured (BENCHMARKS.md).
-CROSSOVER = 0.85
+CROSSOVER = 0.7
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Plan:
 
 
 def gate_range(activation: str, threshold: float) -> tuple[float, float, float]:
-    """(low, high, top): |act(x)| >= threshold where x >= top or low <= x <= high; no such low and high is (inf, inf)."""
+    """(low, high, top): |act(x)| >= threshold where x >= top or low <= x <= high; (inf, inf, top): only from top on."""
     if threshold <= 0:
         return math.inf, math.inf, -math.inf
     if activation in ZEROS:
@@ -100,9 +100,9 @@ def _bisect(holds: Callable[[float], bool], no: float, yes: float) -> float:
 def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan | None:
     """The plan for a model, or None for a dense one.
 
-    auto is exact where activations have zeros, and else dense. For a model with both exact and dense modes whose section
-    brings ffn_down_t, dense is a plan too, one that lists all neurons: so both compute with the same weights.
-    ParameterError if the model or its section does not have what the mode needs.
+    auto is exact where activations have zeros, and else dense. For a model that may run exact and whose section brings
+    ffn_down_t, dense is a plan too, one that lists all neurons: so both compute with the same weights. ParameterError
+    if the model or its section does not have what the mode needs.
     """
     zeros = config.activation in ZEROS
     if wanted.kind == "auto":
