@@ -14,7 +14,7 @@ from ..formats.errors import TrainingError
 from .torch_model import TorchModel
 
 PARTS = ("gate", "up", "down")
-LAYER_LR, MODEL_LR = 1e-3, 4e-4
+LAYER_LR, MODEL_LR = 1e-3, 1.5e-4
 LAYER_PRESSURE = 1.0  # relative error per excess of density
 LAYER_BATCH = 1024  # token positions
 MODEL_BATCH = 2048
