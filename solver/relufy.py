@@ -58,6 +58,8 @@ class Recipe:
         for name, low in (("tokens", least), ("epochs", 1), ("polish", 0), ("seed", 0)):
             if (got := getattr(self, name)) < low:
                 raise ParameterError(f"{name}: got {got}, wanted at least {low}")
+        if 0 < self.polish < WINDOW:
+            raise ParameterError(f"polish: got {self.polish}, wanted 0 or at least {WINDOW}")
         if not 0.01 <= self.density <= 1.0:
             raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
         if not 0.0 <= self.chat <= 0.9:
@@ -71,6 +73,7 @@ class Report:
     teacher_perplexity: float
     perplexity: float
     densities: list[float]  # by layer
+    n_dialogues: int  # windows that the model wrote itself
 
     @property
     def density(self) -> float:
@@ -102,7 +105,7 @@ def relufy(
             tensors = student.ffns[layer].tensors()
             return {part: tensor.detach().numpy() for part, tensor in zip(relu_file.PARTS, tensors, strict=True)}
 
-        relu_file.write(source, config, out, kind, weights, _notes(corpus, recipe))
+        relu_file.write(source, config, out, kind, weights, _notes(corpus, recipe, report))
         update_section(out, relu_file.section(config, kind, weights))
         work.drop()
     return report
@@ -164,7 +167,7 @@ def _train(
         mixed = _mixed(windows, dialogues, first, then, recipe.chat)
         _together(student, mixed, held_out, recipe, work, say, advance)
     perplexity, densities = student.evaluate(held_out)
-    return student, Report(teacher_perplexity, perplexity, densities)
+    return student, Report(teacher_perplexity, perplexity, densities, 0 if dialogues is None else len(dialogues))
 
 
 def _windows(corpus: Corpus, seed: int) -> np.ndarray:
@@ -249,10 +252,10 @@ def _together(
             say(f"all layers, {at}: {mean:.1%} active, held-out perplexity {perplexity:.2f}")
 
 
-def _notes(corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
+def _notes(corpus: Corpus, recipe: Recipe, report: Report) -> dict[str, Any]:
     """What the file says of its making."""
     made = f"{recipe.tokens} tokens x {recipe.epochs} epochs layer by layer, {recipe.polish} tokens all layers together"
-    if recipe.chat:
+    if report.n_dialogues:
         made += f"; {recipe.chat:.0%} of them dialogues of the model's own"
     return {
         "general.description": f"FFNs retrained with ReLU by hotcold relufy on {corpus.name}: {made}",

@@ -146,12 +146,13 @@ def test_types(tiny_model: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"tokens": 100}, {"epochs": 0}, {"polish": -1}, {"seed": -1}, {"density": 0.0}, {"density": 1.5}, {"chat": 1.0}],
+    "name, value",
+    [("tokens", 100), ("epochs", 0), ("polish", -1), ("polish", 99), ("seed", -1), ("density", 0.0), ("density", 1.5)]
+    + [("chat", -0.1), ("chat", 1.0)],
 )
-def test_recipes_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(ParameterError, match=f"{next(iter(options))}: got"):
-        relufy.Recipe(**options)
+def test_recipes_out_of_range(name: str, value: Any) -> None:
+    with pytest.raises(ParameterError, match=f"{name}: got {value}, wanted"):
+        relufy.Recipe(**{name: value})
 
 
 def test_what_cannot_be_done_is_said_first(tiny_model: Make, tmp_path: Path) -> None:
