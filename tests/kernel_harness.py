@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotcold.runtime.cpu import isa, jit
-from hotcold.runtime.cpu.layout import PANEL_TOKENS, Pack, Row, Step, packed_bytes
+from hotcold.runtime.cpu.layout import PANEL_TOKENS, Choice, Pack, Row, Step, packed_bytes
 from hotcold.runtime.cpu.threads import ThreadPool
 from hotcold.runtime.memory import aligned
 
@@ -23,9 +23,9 @@ QUANTS = [kind.name for kind in naive.QUANT_TYPES]
 PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # blocks of 32
 FLOATS = [kind.name for kind in naive.FLOAT_TYPES]
 KERNELS = [
-    *("walk", "norm", "pack", "rope:norm", "rope:neox", "attention"),
+    *("walk", "norm", "pack", "rope:norm", "rope:neox", "attention", "select:gates", "select:scores", "add_parts"),
     *(f"activate:{name}" for name in naive.ACTIVATIONS),
-    *(f"{family}:{kind}" for family in ("matmul", "embed") for kind in TYPES),
+    *(f"{family}:{kind}" for family in ("matmul", "embed", "rows", "down", "matmul_t") for kind in TYPES),
 ]
 _GUARD = 256  # bytes on each side of a buffer
 _SLOTS = 24  # int64 slots of an argument record, as the engine has them
@@ -73,11 +73,14 @@ class Buffer:
 
 
 class Op(NamedTuple):
-    """One row of a tape; the fields are numbers or buffers."""
+    """One row of a tape; the fields are numbers or buffers. Skipped unless the integer at `when` is `want`."""
 
     kernel: str
     layout: Any
     fields: dict[str, Any]
+    when: Buffer | int = 0
+    want: int = 0
+    barrier: bool = True
 
 
 def _slot(value: Any) -> int:
@@ -89,7 +92,7 @@ def _slot(value: Any) -> int:
 
 
 class Tape:
-    """Ops with a barrier after each, and the threads that walk them; use with `with`."""
+    """Ops, and the threads that walk them; use with `with`. The last op must have a barrier."""
 
     def __init__(self, level: str, ops: list[Op], n_threads: int = 1) -> None:
         found = kernels(level)
@@ -99,13 +102,15 @@ class Tape:
         self._done = aligned(len(ops) * 64, zero=True)
         self._rows = np.zeros((len(ops), len(Row)), np.int64)
         self._ops = ops
-        for i, (kernel, layout, fields) in enumerate(ops):
-            fields = {**fields, "done": self._done.ctypes.data + 64 * i}
+        segment = 0
+        for i, (kernel, layout, fields, when, want, barrier) in enumerate(ops):
+            fields = {"done": self._done.ctypes.data + 64 * segment, **fields}
             if hasattr(layout, "scratch"):
-                fields |= {"scratch": self._scratch.ctypes.data, "scratch_bytes": SCRATCH}
+                fields = {"scratch": self._scratch.ctypes.data, "scratch_bytes": SCRATCH, **fields}
             for name, value in fields.items():
                 self._records[i, getattr(layout, name) // 8] = _slot(value)
-            self._rows[i, :3] = found[kernel], self._records[i].ctypes.data, 1
+            self._rows[i] = found[kernel], self._records[i].ctypes.data, barrier, _slot(when), want, 0
+            segment += barrier
         self._pool = ThreadPool(found["walk"], n_threads)
 
     def walk(self, **step: Any) -> None:
@@ -118,6 +123,11 @@ class Tape:
             if isinstance(value, Buffer):
                 value.check()
 
+    @property
+    def ticks(self) -> Array:
+        """Clock ticks of each op so far, int64."""
+        return np.array(self._rows[:, Row.ticks // 8])
+
     def __enter__(self) -> Tape:
         return self
 
@@ -129,6 +139,21 @@ def run(level: str, *ops: Op, n_threads: int = 1, **step: Any) -> None:
     """Walk ops once, as a tape of their own."""
     with Tape(level, list(ops), n_threads) as tape:
         tape.walk(**step)
+
+
+# --- lists of neurons ----------------------------------------------------------------------------------------------
+
+
+def choice(count: int = 0, sparse: int = 1) -> Buffer:
+    """A layer's Choice record."""
+    record = Buffer(np.zeros(len(Choice), np.int64))
+    record.array[Choice.count // 8], record.array[Choice.sparse // 8] = count, sparse
+    return record
+
+
+def some(n: int, count: int, rng: np.random.Generator) -> Array:
+    """A sorted list of `count` of n neurons, int32."""
+    return np.sort(rng.choice(n, count, replace=False)).astype(np.int32)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------
@@ -192,3 +217,28 @@ def magnitude(kind: str, raw: Array) -> Array:
         return exact
     minimum = np.abs(dequantize(kind, with_quants(kind, raw, 0x80 if kind == "Q8_0" else 0)))
     return exact + 2 * minimum
+
+
+# --- products ------------------------------------------------------------------------------------------------------
+
+TOLERANCE = 2e-6  # of a product, as a share of the sum of its terms' magnitudes (test_matmul.py says why)
+
+
+def widths(kind: str) -> tuple[int, ...]:
+    """Lengths of rows to test: whole blocks, and for floats odd ones."""
+    if kind in FLOATS:
+        return 1, 7, 33, 100
+    return (32, 96, 224, 288) if kind in PLAIN else (256, 768)
+
+
+def inputs(kind: str, n_tok: int, k: int, rng: np.random.Generator) -> Array:
+    """Activations float32 (n_tok, k) that packing does not round."""
+    return rng.standard_normal((n_tok, k), np.float32) if kind in FLOATS else exact_activations(n_tok, k, rng)
+
+
+def assert_product(kind: str, raw: Array, x: Array, got: Array, plus: Any = 0.0) -> None:
+    """got float32 (n_tok, rows) is x times the rows, plus something, but for float32 rounding."""
+    wanted = x.astype(np.float64) @ dequantize(kind, raw).T + plus
+    terms = np.abs(x.astype(np.float64)) @ magnitude(kind, raw).T + np.abs(plus)
+    assert np.isfinite(got).all()
+    assert (np.abs(got - wanted) <= TOLERANCE * np.maximum(terms, 1e-30)).all()

@@ -13,25 +13,26 @@ import pytest
 from kernel_harness import (
     FLOATS,
     LEVELS,
-    PLAIN,
     QUANTS,
     TYPES,
     Array,
     Buffer,
     Op,
+    assert_product,
     dequantize,
     exact_activations,
+    inputs,
     magnitude,
     pack_op,
     packed,
     run,
     weights,
+    widths,
     with_quants,
 )
 
 from hotcold.runtime.cpu.layout import MatMul, Step
 
-TOLERANCE = 2e-6
 COUNTS = (1, 2, 7, 8, 9, 33)  # the row form up to 7
 N_ROWS = (1, 5, 16, 37)
 
@@ -68,23 +69,6 @@ def multiply(level: str, kind: str, raw: Array, x: Array, n_threads: int = 1, **
     return np.array(out.array[:, :n])
 
 
-def check(kind: str, raw: Array, x: Array, got: Array, plus: Any = 0.0) -> None:
-    wanted = x.astype(np.float64) @ dequantize(kind, raw).T + plus
-    terms = np.abs(x.astype(np.float64)) @ magnitude(kind, raw).T + np.abs(plus)
-    assert np.isfinite(got).all()
-    assert (np.abs(got - wanted) / np.maximum(terms, 1e-30)).max() < TOLERANCE
-
-
-def widths(kind: str) -> tuple[int, ...]:
-    if kind in FLOATS:
-        return 1, 7, 33, 100
-    return (32, 96, 224, 288) if kind in PLAIN else (256, 768)
-
-
-def inputs(kind: str, n_tok: int, k: int, rng: np.random.Generator) -> Array:
-    return rng.standard_normal((n_tok, k), np.float32) if kind in FLOATS else exact_activations(n_tok, k, rng)
-
-
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_product(level: str, kind: str) -> None:
@@ -94,7 +78,7 @@ def test_product(level: str, kind: str) -> None:
         for n_tok in COUNTS:
             for n in N_ROWS:
                 x = inputs(kind, n_tok, k, rng)
-                check(kind, raw[:n], x, multiply(level, kind, raw[:n], x))
+                assert_product(kind, raw[:n], x, multiply(level, kind, raw[:n], x))
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -107,9 +91,9 @@ def test_bias_and_add(level: str, kind: str) -> None:
     for n_tok in (2, 9):
         x = inputs(kind, n_tok, k, rng)
         there = rng.standard_normal((n_tok, 37), np.float32)
-        check(kind, raw, x, multiply(level, kind, raw, x, bias=bias), bias)
-        check(kind, raw, x, multiply(level, kind, raw, x, add=there), there)
-        check(kind, raw, x, multiply(level, kind, raw, x, bias=bias, add=there), there + bias)
+        assert_product(kind, raw, x, multiply(level, kind, raw, x, bias=bias), bias)
+        assert_product(kind, raw, x, multiply(level, kind, raw, x, add=there), there)
+        assert_product(kind, raw, x, multiply(level, kind, raw, x, bias=bias, add=there), there + bias)
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -136,7 +120,7 @@ def test_extreme_quants(level: str, kind: str) -> None:
         for n_tok in (1, 9):
             for sign in (1, -1):
                 x = np.full((n_tok, k), sign * 127.0, np.float32)
-                check(kind, extreme, x, multiply(level, kind, extreme, x))
+                assert_product(kind, extreme, x, multiply(level, kind, extreme, x))
     nothing = np.zeros((9, k), np.float32)
     for n_tok in (1, 9):
         assert not multiply(level, kind, raw, nothing[:n_tok]).any()
@@ -165,7 +149,7 @@ def test_float16_scales_below_the_normal_range(level: str) -> None:
     raw = blocks.reshape(5, -1)
     for n_tok in (1, 9):
         x = exact_activations(n_tok, 96, rng)
-        check("Q4_0", raw, x, multiply(level, "Q4_0", raw, x))
+        assert_product("Q4_0", raw, x, multiply(level, "Q4_0", raw, x))
 
 
 @pytest.mark.parametrize("kind", QUANTS)

@@ -1,0 +1,104 @@
+"""Products of listed rows, of every weight type: those of the dense kernel bit by bit, and near float64's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from kernel_harness import (
+    FLOATS,
+    LEVELS,
+    QUANTS,
+    TYPES,
+    Array,
+    Buffer,
+    Op,
+    assert_product,
+    choice,
+    inputs,
+    pack_op,
+    packed,
+    run,
+    some,
+    weights,
+    widths,
+)
+
+from hotcold.runtime.cpu.layout import MatMul, Rows, Step
+
+N = 70  # rows there are
+
+
+def listed_rows(level: str, kind: str, raw: Array, x: Array, rows: Array, n_threads: int = 1, **options: int) -> Array:
+    """float32 (n_tok, len(rows)). Options: chunk, parts, ahead."""
+    n_tok, k = x.shape
+    n, count = len(raw), len(rows)
+    fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
+    out = Buffer.full((n_tok, n))
+    own: dict[str, Any] = {"chunk": 4, "parts": 8, "ahead": 3, **options}
+    own |= {"w": Buffer(raw), "out": out, "k": k, "row_bytes": raw.shape[1], "out_stride": n}
+    own |= {"list": Buffer(rows.astype(np.int32)), "choice": choice(count)}
+    own |= {name: buffer for name, buffer in fields.items() if name.startswith("x")}
+    run(level, pack_op(Buffer(x), fields), Op(f"rows:{kind}", Rows, own), n_threads=n_threads, n_tok=n_tok)
+    assert np.isnan(out.array[:, count:]).all()
+    return np.array(out.array[:, :count])
+
+
+def all_rows(level: str, kind: str, raw: Array, x: Array) -> Array:
+    """What the dense kernel makes of all rows, float32 (n_tok, n)."""
+    n_tok, k = x.shape
+    fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
+    out = Buffer.full((n_tok, len(raw)))
+    own = {"w": Buffer(raw), "out": out, "bias": 0, "k": k, "n": len(raw), "row_bytes": raw.shape[1], "add": 0}
+    own |= {"out_stride": len(raw), "count": Step.n_tok, "chunk": 8, "panels": 1}
+    own |= {name: buffer for name, buffer in fields.items() if name.startswith("x")}
+    run(level, pack_op(Buffer(x), fields), Op(f"matmul:{kind}", MatMul, own), n_tok=n_tok)
+    return np.array(out.array)
+
+
+def lists(rng: np.random.Generator) -> list[Array]:
+    """Empty, of one, two neighbours, some, all."""
+    few = [np.array(rows, int) for rows in ([], [0], [N - 1], [N - 2, N - 1])]
+    return [*few, some(N, 5, rng), some(N, 33, rng), np.arange(N)]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_listed_rows(level: str, kind: str) -> None:
+    rng = np.random.default_rng(1)
+    for k in widths(kind):
+        raw = weights(kind, N, k, rng)
+        for n_tok in range(1, 8):
+            x = inputs(kind, n_tok, k, rng)
+            dense = all_rows(level, kind, raw, x)
+            for rows in lists(rng)[n_tok % 2 :: 2]:
+                got = listed_rows(level, kind, raw, x, rows)
+                if len(rows):
+                    assert_product(kind, raw[rows], x, got)
+                np.testing.assert_array_equal(got, dense[:, rows])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_threads_and_chunks_change_nothing(level: str, kind: str) -> None:
+    rng = np.random.default_rng(2)
+    k = widths(kind)[-1]
+    raw, x = weights(kind, N, k, rng), inputs(kind, 3, k, rng)
+    for rows in lists(rng):
+        alone = listed_rows(level, kind, raw, x, rows)
+        for n_threads, chunk, parts, ahead in ((1, 100, 1, 0), (2, 1, 16, 1), (3, 7, 24, 1000), (5, 100, 2, 9)):
+            got = listed_rows(level, kind, raw, x, rows, n_threads, chunk=chunk, parts=parts, ahead=ahead)
+            np.testing.assert_array_equal(got, alone)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_long_rows_are_fetched_in_two_steps(level: str) -> None:
+    """Rows of more than 1 KiB are looked up further ahead, near the list's end too."""
+    rng = np.random.default_rng(3)
+    for kind, k in (("F32", 1031), ("Q4_0", 2048)):
+        raw, x = weights(kind, N, k, rng), inputs(kind, 2, k, rng)
+        for rows in lists(rng):
+            for ahead in (1, 9, 40):
+                got = listed_rows(level, kind, raw, x, rows, ahead=ahead)
+                np.testing.assert_array_equal(got, all_rows(level, kind, raw, x)[:, rows])
