@@ -28,11 +28,13 @@ class Plan:
     """What is wanted: shares of active neurons and of their output to be found, how long to train, how to store.
 
     limits: thresholds float32 [n_layer] of |act(gate)| for models whose neurons are never exactly zero.
+    Energy decides what predictors cost. On a ReLU SmolLM2 (34 % active, ranks around 200) 0.998, 0.9995, 0.9999 and
+    0.99998 predicted 44, 55, 62 and 68 % of the neurons and changed perplexity by +1.9, +0.5, +0.1 and -0.1 %.
     """
 
     kind: str = "relu"
     recall: float = 0.95
-    energy: float = 0.999
+    energy: float = 0.99995
     epochs: float = 2.0
     stored: GGMLType = GGMLType.Q8_0
     limits: np.ndarray | None = None

@@ -49,7 +49,7 @@ Recall = Annotated[
 ]
 Energy = Annotated[
     float,
-    typer.Option("--energy", metavar="E", help="Share of the FFN's squared output to be found, at least."),
+    typer.Option("--energy", metavar="E", help="Share of the squared output to be found, at least; less is faster and less exact."),
 ]
 Epochs = Annotated[float, typer.Option("--epochs", min=0.01, metavar="N", help="Times to go through the text.")]
 StoredOption = Annotated[Stored, typer.Option("--type", case_sensitive=False, help="Type to store predictors in.")]
@@ -66,7 +66,7 @@ def train_predictor(
     texts: offline.Texts = None,
     kind: KindOption = Kind.relu,
     recall: Recall = 0.95,
-    energy: Energy = 0.999,
+    energy: Energy = 0.99995,
     tokens: Tokens = TOKENS,
     epochs: Epochs = 2.0,
     stored: StoredOption = Stored.q8_0,
@@ -222,7 +222,7 @@ def _print(report: dict[str, Any]) -> None:
     dataset = console.printable(report["dataset"])
     print(f"{report['kind']} predictors from {report['tokens']} tokens of {dataset}", end="")
     print(f", judged on {report['held_out']} others")
-    print(f"{'layer':>5}  {'rank':>4}  {'recall':>7}  {'energy':>7}  {'precision':>9}  {'predicted':>9}", end="")
+    print(f"{'layer':>5}  {'rank':>4}  {'recall':>7}  {'energy':>8}  {'precision':>9}  {'predicted':>9}", end="")
     print(f"  {'active':>7}  size")
     for number, row in enumerate(report["layers"]):
         print(f"{number:>5}  {_row(row)}  {human_bytes(row['bytes'])}")
@@ -240,6 +240,6 @@ def _print(report: dict[str, Any]) -> None:
 
 def _row(row: dict[str, float]) -> str:
     return (
-        f"{row['rank']:>4.0f}  {row['recall']:>7.2%}  {row['energy']:>7.2%}  {row['precision']:>9.1%}"
+        f"{row['rank']:>4.0f}  {row['recall']:>7.2%}  {row['energy']:>8.3%}  {row['precision']:>9.1%}"
         f"  {row['predicted']:>9.1%}  {row['active']:>7.1%}"
     )
