@@ -49,7 +49,7 @@ Recall = Annotated[
 ]
 Energy = Annotated[
     float,
-    typer.Option("--energy", metavar="E", help="Share of the squared output to be found, at least; less is faster and less exact."),
+    typer.Option("--energy", metavar="E", help="Share of the squared output to be found; less is faster, less exact."),
 ]
 Epochs = Annotated[float, typer.Option("--epochs", min=0.01, metavar="N", help="Times to go through the text.")]
 StoredOption = Annotated[Stored, typer.Option("--type", case_sensitive=False, help="Type to store predictors in.")]
