@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..formats.errors import UnsupportedError
 from ..formats.types import GGMLType
 from .cpu import jit
+from .cpu.buffers import GROUPS
 from .cpu.layout import Row, Transpose
 from .cpu.threads import ThreadPool
 from .memory import aligned
@@ -19,9 +21,13 @@ _FLOATS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 def add_down_t(
     tensors: Tensors, n_layer: int, n_threads: int, progress: Callable[[str], None] | None = None
 ) -> None:
-    """Add `blk.N.ffn_down_t.weight` [n_embd, n_ff] of every layer: float types as they are, quantised ones as Q8_0."""
+    """Add `blk.N.ffn_down_t.weight` [n_embd, n_ff] of every layer: float types as they are, quantised ones as Q8_0.
+
+    F16 stands in for Q8_0 where n_embd is no multiple of its blocks. UnsupportedError names a tensor whose type no
+    kernel computes.
+    """
     names = [f"blk.{layer}.ffn_down" for layer in range(n_layer)]
-    kinds = {tensors.info(f"{name}.weight").type.name for name in names} - set(_FLOATS)
+    kinds = {_kind(tensors, f"{name}.weight") for name in names} - set(_FLOATS)
     kernels = jit.load(["walk", *(f"transpose:{kind}" for kind in sorted(kinds))], progress=progress) if kinds else {}
     for name in names:
         info = tensors.info(f"{name}.weight")
@@ -30,12 +36,25 @@ def add_down_t(
         if kind.name in _FLOATS:
             data = tensors.data(f"{name}.weight").view(_FLOATS[kind.name])
             made = np.ascontiguousarray(data.reshape(n_embd, n_ff).T).view(np.uint8).reshape(-1)
+        elif n_embd % GGMLType.Q8_0.block_size:
+            made = tensors.dequantized(f"{name}.weight").T.astype(np.float16, order="C").view(np.uint8).reshape(-1)
+            kind = GGMLType.F16
         else:
             made = aligned(n_ff * n_embd // 32 * 34)
             fields = {"w": tensors.address(f"{name}.weight"), "k": n_ff, "n": n_embd, "row_bytes": info.row_size}
             _run(kernels["walk"], kernels[f"transpose:{kind.name}"], fields | {"out": made.ctypes.data}, n_threads)
             kind = GGMLType.Q8_0
         tensors.add(f"{name}_t.weight", (n_embd, n_ff), kind, made)
+
+
+def _kind(tensors: Tensors, name: str) -> str:
+    kind = tensors.info(name).type.name
+    if kind not in GROUPS:
+        raise UnsupportedError(
+            f"{tensors.source(name)}: tensor {name} has type {kind}, which hotcold does not compute; "
+            f"supported: {', '.join(GROUPS)}"
+        )
+    return kind
 
 
 def _run(walker: int, kernel: int, fields: dict[str, int], n_threads: int) -> None:

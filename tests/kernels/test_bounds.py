@@ -13,9 +13,27 @@ import sys
 
 import numpy as np
 import pytest
-from kernel_harness import FLOATS, LEVELS, PLAIN, QUANTS, TYPES, Array, Buffer, Op, pack_op, packed, run, weights
+from kernel_harness import (
+    FLOATS,
+    LEVELS,
+    PLAIN,
+    QUANTS,
+    TYPES,
+    Array,
+    Buffer,
+    Op,
+    choice,
+    pack_op,
+    packed,
+    run,
+    weights,
+)
 
-from hotcold.runtime.cpu.layout import Embed, MatMul, Norm, Step
+from hotcold.formats.types import GGMLType
+from hotcold.runtime.cpu.buffers import t_panels
+from hotcold.runtime.cpu.layout import Down, Embed, MatMul, Norm, Rows, Select, Step
+from hotcold.runtime.down_t import add_down_t
+from hotcold.runtime.tensors import Tensors
 
 _KEEP: list[mmap.mmap] = []
 
@@ -32,8 +50,48 @@ def before_a_forbidden_page(nbytes: int) -> Array:
     return np.frombuffer(memory, np.uint8)[size - nbytes : size]
 
 
+def touch_listed(level: str, kind: str, k: int) -> None:
+    """The kernels of listed rows, the last one among them, and those that read rows as columns."""
+    rng = np.random.default_rng(2)
+    n, floats = 64, kind in FLOATS
+    w = Buffer(weights(kind, n, k, rng), before_a_forbidden_page)
+    for count in (1, 4, 7):
+        last = np.arange(n - count, n, dtype=np.int32)
+        listed = {"list": Buffer(last, before_a_forbidden_page), "choice": choice(count), "ahead": 2}
+        listed |= {"w": w, "row_bytes": w.array.shape[1]}
+        fields = packed(k, 1, not floats, floats)
+        rows = {"out": Buffer.full((1, n)), "k": k, "out_stride": n, "chunk": 4, "parts": 8, **listed}
+        rows |= {name: value for name, value in fields.items() if name.startswith("x")}
+        x = Buffer(np.ones((1, k), np.float32))
+        run(level, pack_op(x, fields), Op(f"rows:{kind}", Rows, rows), n_tok=1)
+        h = Buffer(np.ones((1, count), np.float32), before_a_forbidden_page)
+        down = {"out": Buffer.full((2, 1, k)), "h": h, "h_stride": count, "n": k, "parts": 2, **listed}
+        run(level, Op(f"down:{kind}", Down, down), n_tok=1)
+    fields = packed(n, 9, not floats, floats)
+    product = {"w": w, "out": Buffer.full((9, k)), "k": n, "n": k, "row_bytes": w.array.shape[1], "out_stride": k}
+    product |= {"bias": 0, "add": 0, "count": Step.n_tok, "panels": t_panels(kind)}
+    product |= {name: value for name, value in fields.items() if name.startswith("x")}
+    x = Buffer(np.ones((9, n), np.float32))
+    run(level, pack_op(x, fields), Op(f"matmul_t:{kind}", MatMul, product), n_tok=9)
+    tensors = Tensors()
+    tensors.add("blk.0.ffn_down.weight", (k, n), GGMLType[kind], w.array.reshape(-1))
+    add_down_t(tensors, 1, 1)
+
+
+def touch_selections(level: str) -> None:
+    for n in (33, 64):
+        gates, cut = (Buffer(np.ones(shape, np.float32), before_a_forbidden_page) for shape in ((2, n), n))
+        fields = {"src": gates, "cut": cut, "n": n, "choice": choice(), "limit": n, "low": 0.0, "high": 0.0, "top": 1.0}
+        fields["list"] = Buffer(np.zeros(n, np.int32), before_a_forbidden_page)
+        fields["picked"] = Buffer(np.zeros((2, n), np.float32), before_a_forbidden_page)
+        for rule in ("gates", "scores"):
+            run(level, Op(f"select:{rule}", Select, fields), n_tok=2)
+
+
 def touch(level: str) -> None:
-    """Run every kernel that reads weights."""
+    """Run every kernel that reads weights, and what makes and follows lists of them."""
+    os.environ["HOTCOLD_ISA"] = level  # of kernels that the engine loads itself
+    touch_selections(level)
     rng = np.random.default_rng(1)
     for kind in TYPES:
         k = 33 if kind in FLOATS else 96 if kind in PLAIN else 256
@@ -50,6 +108,7 @@ def touch(level: str) -> None:
             run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=n_tok)
         embed = Op(f"embed:{kind}", Embed, {**shared, "out": Buffer.full((1, k))})
         run(level, embed, n_tok=1, ids=Buffer(np.array([4], np.int32)))
+        touch_listed(level, kind, k)
     for k in (33, 96):
         weight = Buffer(np.ones(k, np.float32), before_a_forbidden_page)
         fields = packed(k, 1, False, True)
