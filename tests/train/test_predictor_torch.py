@@ -95,10 +95,10 @@ def test_training_makes_it_better_and_repeats(kind: str) -> None:
         return float((each * target.abs()).mean())
 
     told: list[int] = []
-    first = train(layer, 8, kind, 4, told.append)
+    first = train(layer, 8, kind, 12, told.append)
     assert loss(*first) < 0.97 * loss(*layer.start(8, kind))
-    assert told[-1] >= 4 * N_TOK and [m.shape for m in first] == [(8, N_EMBD), (N_FF, 8), (N_FF,)]
-    for one, two in zip(first, train(layer, 8, kind, 4), strict=True):
+    assert told[-1] >= 12 * N_TOK and [m.shape for m in first] == [(8, N_EMBD), (N_FF, 8), (N_FF,)]
+    for one, two in zip(first, train(layer, 8, kind, 12), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
