@@ -22,7 +22,7 @@ WARM_UP = 10  # steps
 HEAD_ROWS = 512  # rows whose logits are in memory at a time
 FORWARD_ROWS = 8192
 SOFTNESS = 0.5  # of the step that stands for `gate > 0` in gradients, in RMS of the gate
-PRESSURE = 50.0  # nats per squared excess of density
+PRESSURE = 150.0  # nats per squared excess of density
 Progress = Callable[[int, int], None]
 
 

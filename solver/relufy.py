@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost time
 HELD_OUT = 16  # windows that are never trained on
 MIN_WINDOWS = 64
-MAX_DIALOGUES = 256  # windows; more are repeated
+MAX_DIALOGUES = 768  # windows; more are repeated
 SAVES = 20  # of the training of all layers together
 TRAINED = ("silu", "gelu")
 
@@ -50,7 +50,7 @@ class Recipe:
     epochs: int = 3
     polish: int = 614400
     density: float = 0.33
-    chat: float = 0.25
+    chat: float = 0.33
     seed: int = 0
 
     def __post_init__(self) -> None:

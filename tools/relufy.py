@@ -35,7 +35,7 @@ def relufy(
     epochs: Epochs = 3,
     polish: Polish = 614400,
     density: Density = 0.33,
-    chat: Chat = 0.25,
+    chat: Chat = 0.33,
     type: Type = None,
     seed: Seed = 0,
     threads: options.Threads = None,
