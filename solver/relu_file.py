@@ -23,18 +23,22 @@ if TYPE_CHECKING:
 
 # What gguf's Python package encodes.
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+FLOATS = TYPES[:3]
 PARTS = ("gate", "up", "down")
 Weights = Callable[[int], Mapping[str, np.ndarray]]
 
 
 def choose_type(source: GGUFFile, config: ModelConfig, name: str | None) -> GGMLType:
-    """The type of the new FFN matrices: the named one, or the source's own, or Q8_0 where that cannot be encoded.
+    """The type of the new FFN matrices: the named one; else the source's own if it is a float, else Q8_0.
+
+    New weights lose much more in few bits than the source's, which were on that grid already: with Q4_1 the
+    perplexity of a relufied SmolLM2 rose by 12 %.
 
     ParameterError: a type that cannot be encoded, or whose blocks do not divide the rows.
     """
     if name is None:
         own = source.tensors["blk.0.ffn_gate.weight"].type.name
-        name = own if own in TYPES else "Q8_0"
+        name = own if own in FLOATS else "Q8_0"
     elif name.upper() not in TYPES:
         raise ParameterError(f"--type: got {name!r}, wanted one of {', '.join(TYPES)}")
     kind = GGMLType[name.upper()]

@@ -136,7 +136,8 @@ def test_types(tiny_model: Make) -> None:
         with GGUFFile(tiny_model(qtype=qtype, **options)) as file:
             return relu_file.choose_type(file, ModelConfig.from_gguf(file), name).name
 
-    assert choose("Q4_0") == "Q4_0"
+    assert choose("F16") == "F16"
+    assert choose("Q4_0") == "Q8_0"
     assert choose("F16", "q5_1") == "Q5_1"
     assert choose("Q4_K", n_embd=256, n_ff=256, n_head_kv=4) == "Q8_0"
     with pytest.raises(ParameterError, match="got 'Q4_K', wanted one of F32, F16, BF16, Q4_0"):
