@@ -23,7 +23,7 @@ Epochs = Annotated[int, typer.Option("--epochs", metavar="N", help="Passes over 
 Polish = Annotated[int, typer.Option("--polish", metavar="N", help="Tokens for all layers together; 0 is none.")]
 Density = Annotated[float, typer.Option("--density", metavar="D", help="Mean share of active neurons to reach.")]
 Chat = Annotated[float, typer.Option("--chat", metavar="S", help="Share of dialogues that the model writes itself.")]
-Type = Annotated[str | None, typer.Option("--type", help="Type of the new matrices [the model's own if a float, else Q8_0].")]
+Type = Annotated[str | None, typer.Option("--type", help="Type of the new matrices [its own if a float, else Q8_0].")]
 Seed = Annotated[int, typer.Option("--seed", "-s", metavar="N", help="Seed of the order of the text.")]
 
 

@@ -24,6 +24,7 @@ from hotcold.tools.cli import app
 
 torch = pytest.importorskip("torch")
 
+from hotcold.solver import distill  # noqa: E402
 from hotcold.solver.distill import Ffn, Sequential, Student, Together, _divergence  # noqa: E402
 from hotcold.solver.torch_model import TorchModel, fastest_dtype  # noqa: E402
 
@@ -161,7 +162,8 @@ def test_a_layer_learns_and_gets_sparser(tiny_model: Make) -> None:
     assert sparse[1] < 0.96 * long[1]
 
 
-def test_all_layers_learn_and_get_sparser(tiny_model: Make) -> None:
+def test_all_layers_learn_and_get_sparser(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "MODEL_LR", 6e-4)  # few steps
     model = load(tiny_model(), relufy.WINDOW)
     windows = torch.from_numpy(text().ids.reshape(-1, relufy.WINDOW)).long()
     student = Student(model, [Ffn.of(model, layer) for layer in range(model.config.n_layer)])
