@@ -163,14 +163,14 @@ def test_a_layer_learns_and_gets_sparser(tiny_model: Make) -> None:
 
 
 def test_all_layers_learn_and_get_sparser(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "MODEL_LR", 6e-4)  # few steps
+    monkeypatch.setattr(distill, "MODEL_LR", 2e-3)  # few steps
     model = load(tiny_model(), relufy.WINDOW)
     windows = torch.from_numpy(text().ids.reshape(-1, relufy.WINDOW)).long()
     student = Student(model, [Ffn.of(model, layer) for layer in range(model.config.n_layer)])
     training = Together(student, windows.repeat(8, 1), 0.35, 0)
     found = np.array([training.step() for _ in range(training.steps)])
     assert found[-5:, 0].mean() < 0.8 * found[:5, 0].mean()
-    assert found[-5:, 1].mean() < found[0, 1] - 0.05
+    assert found[-5:, 1].mean() < 0.37 < 0.45 < found[0, 1]
 
 
 def test_losses_that_are_no_numbers_are_told(tiny_model: Make) -> None:
