@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .errors import ClosedError, FormatError, ModelNotFoundError, StorageError, UnsupportedError
 from .file_lock import share
 from .gguf_header import Header, TensorInfo, show
+from .pages import ask_for_large
 
 __all__ = ["GGUFFile", "TensorInfo", "show"]
 
@@ -40,14 +41,16 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str], span: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
-        self._map: mmap.mmap | None = _map_file(self.path, span)
+        mapping = _map_file(self.path, span)
+        ask_for_large(mapping)  # before the first byte is read
+        self._map: mmap.mmap | None = mapping
         self._bytes: NDArray[np.uint8] | None = None
         try:
-            header = Header(self.path, self._map)
+            header = Header(self.path, mapping)
             self.powerinfer, self.version, self.alignment = header.powerinfer, header.version, header.alignment
             self.metadata, self.tensors = header.metadata, header.tensors
             self.data_offset = header.data_offset
-            self._bytes = np.frombuffer(self._map, np.uint8)
+            self._bytes = np.frombuffer(mapping, np.uint8)
         except BaseException:
             self.close()
             raise

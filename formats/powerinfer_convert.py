@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .config import ModelConfig
 from .errors import ParameterError, StorageError, UnsupportedError
 from .gguf import GGUFFile, TensorInfo, show
+from .pages import forget
 from .powerinfer import threshold
 from .section_file import Contents, SectionTensor, update_section
 from .section_image import Progress
@@ -54,6 +55,7 @@ def convert(source: Path, out: Path, progress: Progress) -> ModelConfig:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
         update_section(out, section(file, config), progress=progress)
+    forget(out)
     return config
 
 

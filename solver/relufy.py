@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError, StorageError, UnsupportedError
 from ..formats.gguf import GGUFFile
+from ..formats.pages import forget
 from ..formats.section_file import update_section
 from ..formats.section_layout import sidecar_path
 from ..formats.types import GGMLType
@@ -107,6 +108,7 @@ def relufy(
 
         relu_file.write(source, config, out, kind, weights, _notes(corpus, recipe, report))
         update_section(out, relu_file.section(config, kind, weights))
+        forget(out)
         work.drop()
     return report
 

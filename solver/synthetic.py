@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..formats.errors import ParameterError, StorageError
+from ..formats.pages import forget
 from ..formats.section_file import update_section
 from ..formats.types import GGMLType
 
@@ -162,6 +163,7 @@ def write_model(
         os.replace(partial, path)
         if relu is not None:
             update_section(path, relu.section())
+        forget(path)
     except OSError as exc:
         raise StorageError(f"{path}: {exc.strerror or exc}; name a file that can be written there") from exc
     finally:

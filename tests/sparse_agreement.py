@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def token_by_token(path: Path, sparsity: str, ids: list[int]) -> np.ndarray:
-    """Negative log-likelihoods in windows of 512 tokens, evaluated one by one: exact mode then takes its sparse branch."""
+    """Negative log-likelihoods in windows of 512 tokens, one by one: exact mode then takes its sparse branch."""
     nll = []
     with Engine(path, n_ctx=512, sparsity=sparsity) as engine:
         for start in range(0, len(ids) - 511, 512):

@@ -282,8 +282,7 @@ class _Lowering:
             k=info.shape[0],
             row_bytes=info.row_size,
             out_stride=info.n_rows,
-            chunk=max(1, _CHUNK_BYTES // info.row_size),
-            parts=self.n_threads * 8,
+            parts=self.n_threads * 4,
             ahead=-(-_AHEAD_BYTES // info.row_size),
             **self.listed(node),
             **packed,
@@ -292,7 +291,7 @@ class _Lowering:
     def down(self, node: Node) -> None:
         kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
         # By the model's size alone, so that the sums do not depend on the number of threads.
-        parts = min(16, max(4, info.nbytes >> 19))
+        parts = min(8, max(4, info.nbytes >> 19))
         sums = self.buffers.parts(parts)
         self.emit(
             f"down:{kind}",

@@ -24,7 +24,8 @@ def build(family: str, variant: str) -> Any:
         listed, ahead = i64_at(args + args_of.list), i64_at(args + args_of.ahead)
         xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
         xn, xs, xf = i64_at(args + args_of.xn), i64_at(args + args_of.xs), i64_at(args + args_of.xf)
-        chunk = max(1, min(i64_at(args + args_of.chunk), n // i64_at(args + args_of.parts)))
+        # Large chunks: what a thread fetches ahead of itself beyond its own chunk is lost.
+        chunk = n // i64_at(args + args_of.parts) + 1
         n_chunks = (n + chunk - 1) // chunk
         while True:
             first = take(args, turn, n_chunks) * chunk

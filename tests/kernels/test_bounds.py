@@ -60,7 +60,7 @@ def touch_listed(level: str, kind: str, k: int) -> None:
         listed = {"list": Buffer(last, before_a_forbidden_page), "choice": choice(count), "ahead": 2}
         listed |= {"w": w, "row_bytes": w.array.shape[1]}
         fields = packed(k, 1, not floats, floats)
-        rows = {"out": Buffer.full((1, n)), "k": k, "out_stride": n, "chunk": 4, "parts": 8, **listed}
+        rows = {"out": Buffer.full((1, n)), "k": k, "out_stride": n, "parts": 8, **listed}
         rows |= {name: value for name, value in fields.items() if name.startswith("x")}
         x = Buffer(np.ones((1, k), np.float32))
         run(level, pack_op(x, fields), Op(f"rows:{kind}", Rows, rows), n_tok=1)

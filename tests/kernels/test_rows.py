@@ -31,12 +31,12 @@ N = 70  # rows there are
 
 
 def listed_rows(level: str, kind: str, raw: Array, x: Array, rows: Array, n_threads: int = 1, **options: int) -> Array:
-    """float32 (n_tok, len(rows)). Options: chunk, parts, ahead."""
+    """float32 (n_tok, len(rows)). Options: parts, ahead."""
     n_tok, k = x.shape
     n, count = len(raw), len(rows)
     fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
     out = Buffer.full((n_tok, n))
-    own: dict[str, Any] = {"chunk": 4, "parts": 8, "ahead": 3, **options}
+    own: dict[str, Any] = {"parts": 8, "ahead": 3, **options}
     own |= {"w": Buffer(raw), "out": out, "k": k, "row_bytes": raw.shape[1], "out_stride": n}
     own |= {"list": Buffer(rows.astype(np.int32)), "choice": choice(count)}
     own |= {name: buffer for name, buffer in fields.items() if name.startswith("x")}
@@ -87,8 +87,8 @@ def test_threads_and_chunks_change_nothing(level: str, kind: str) -> None:
     raw, x = weights(kind, N, k, rng), inputs(kind, 3, k, rng)
     for rows in lists(rng):
         alone = listed_rows(level, kind, raw, x, rows)
-        for n_threads, chunk, parts, ahead in ((1, 100, 1, 0), (2, 1, 16, 1), (3, 7, 24, 1000), (5, 100, 2, 9)):
-            got = listed_rows(level, kind, raw, x, rows, n_threads, chunk=chunk, parts=parts, ahead=ahead)
+        for n_threads, parts, ahead in ((1, 1, 0), (2, 16, 1), (3, 24, 1000), (5, 2, 9)):
+            got = listed_rows(level, kind, raw, x, rows, n_threads, parts=parts, ahead=ahead)
             np.testing.assert_array_equal(got, alone)
 
 

@@ -138,7 +138,7 @@ class FFN:
         chosen = {"list": listed, "choice": state}
         into = {"bias": 0, "k": K, "n": n, "row_bytes": 4 * K, "out_stride": n, "count": Step.n_tok, "add": 0}
         into |= {"chunk": 8, "panels": 1, **_arrays(normed)}
-        listed_rows = {"k": K, "row_bytes": 4 * K, "out_stride": n, "chunk": 4, "parts": 8, "ahead": 3}
+        listed_rows = {"k": K, "row_bytes": 4 * K, "out_stride": n, "parts": 8, "ahead": 3}
         few = {"k": n, "stride": n, "count": Step.n_tok, "segment": 16, "second": up}
         norm = {"src": x, "weight": Buffer.full(K, value=1), "k": K, "eps": 1e-5, "count": Step.n_tok, **normed}
         rule = {"low": math.inf, "high": math.inf, "top": 1e-38, "limit": self.limit}

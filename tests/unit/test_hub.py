@@ -177,7 +177,8 @@ def test_hub_progress(hub_url: str, home: Path) -> None:
     ],
 )
 def test_choose(quant: str, found: str) -> None:
-    names = ["m.Q4_K.gguf", "m-Q4_K_M.gguf", "m-IQ4_XS.gguf", "Q8_0/m.gguf", "m_f16.gguf", "mmproj-F16.gguf", "hotcold-m.Q4_K.gguf"]
+    names = ["m.Q4_K.gguf", "m-Q4_K_M.gguf", "m-IQ4_XS.gguf", "Q8_0/m.gguf", "m_f16.gguf"]
+    names += ["mmproj-F16.gguf", "hotcold-m.Q4_K.gguf"]
     assert hub.choose([*names, "README.md"], "o/r", quant) == found
 
 
