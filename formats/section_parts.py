@@ -52,6 +52,9 @@ def check(path: Path, metadata: Mapping[str, Any], tensors: Layout, config: Mode
         block = _BLOCK.match(name)
         if block and int(block[1]) >= config.n_layer:
             raise FormatError(path, field, f"layer {block[1]}", f"one of the model's {config.n_layer} layers")
+        if name.endswith("ffn_down_t.weight") and kind.block_size > 1 and config.n_ff % 32:
+            wanted = f"a float type, as n_ff = {config.n_ff} is no multiple of 32"
+            raise FormatError(path, f"{field}: type", kind.name, wanted)
         if not name.endswith(".weight") and kind != GGMLType.F32:
             raise FormatError(path, f"{field}: type", kind.name, "F32")
         expected = _expected(path, name, metadata, tensors, config)

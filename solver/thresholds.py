@@ -172,11 +172,11 @@ class Reads:
         return self.gate + density * (self.up + self.down_t)
 
 
-def reads(file: GGUFFile, config: ModelConfig) -> Reads:
-    """Of all layers together."""
+def reads(file: GGUFFile, config: ModelConfig, kind: GGMLType | None = None) -> Reads:
+    """Of all layers together; kind: of ffn_down_t, see transpose.contents."""
     layers = range(config.n_layer)
     gate, up, down = (
         sum(file.tensors[f"blk.{n}.ffn_{part}.weight"].nbytes for n in layers) for part in ("gate", "up", "down")
     )
-    down_t = sum(tensor.nbytes for tensor in transpose.contents(file, config).tensors)
+    down_t = sum(tensor.nbytes for tensor in transpose.contents(file, config, kind).tensors)
     return Reads(gate, up, down_t, gate + up + down)

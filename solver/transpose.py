@@ -7,10 +7,12 @@ from functools import partial
 import numpy as np
 
 from ..formats.config import ModelConfig
+from ..formats.errors import ParameterError
 from ..formats.gguf import GGUFFile
 from ..formats.section_file import Contents, SectionTensor
 from ..formats.types import GGMLType
 
+DOWN_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # that gguf can encode
 _FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 
 
@@ -37,17 +39,27 @@ def decoded(data: np.ndarray, shape: tuple[int, int], kind: GGMLType) -> np.ndar
     return np.asarray(values, np.float32).reshape(shape)
 
 
+def check_type(name: str, config: ModelConfig) -> GGMLType:
+    """The type of a name, if ffn_down_t can be written in it; ParameterError lists those that can."""
+    if name.upper() not in DOWN_TYPES:
+        raise ParameterError(f"down-type: got {name!r:.20}, wanted one of {', '.join(DOWN_TYPES)}")
+    kind = GGMLType[name.upper()]
+    if config.n_embd % kind.block_size:
+        raise ParameterError(f"down-type: got {kind.name}, wanted a float type, as n_embd is {config.n_embd}")
+    return kind
+
+
 def down_t_type(file: GGUFFile, config: ModelConfig) -> GGMLType:
-    """That of ffn_down where it is a float, else Q8_0: to quantise again in few bits would lose too much."""
+    """That of ffn_down where it is a float, else Q8_0: to quantise again in few bits loses something."""
     kind = file.tensors["blk.0.ffn_down.weight"].type
     if kind in _FLOATS:
         return kind
     return GGMLType.Q8_0 if config.n_embd % GGMLType.Q8_0.block_size == 0 else GGMLType.F16
 
 
-def contents(file: GGUFFile, config: ModelConfig) -> Contents:
-    """ffn_down_t of all layers, each made when it is written; `file` must stay open until then."""
-    kind = down_t_type(file, config)
+def contents(file: GGUFFile, config: ModelConfig, kind: GGMLType | None = None) -> Contents:
+    """ffn_down_t of all layers, each made when it is written; `file` must stay open until then. kind: its own type."""
+    kind = kind or down_t_type(file, config)
     shape = (config.n_embd, config.n_ff)
 
     def make(layer: int) -> np.ndarray:

@@ -25,6 +25,10 @@ Densities = Annotated[
 ]
 NoPerplexity = Annotated[bool, typer.Option("--no-perplexity", help="Do not measure perplexity.")]
 Tokens = Annotated[int, typer.Option("--tokens", "-n", min=2, metavar="N", help="Use the first N tokens.")]
+DownType = Annotated[
+    str | None,
+    typer.Option("--down-type", metavar="TYPE", help="Of the copy of ffn_down [its own if a float, else Q8_0]."),
+]
 
 
 def sparsify(
@@ -32,6 +36,7 @@ def sparsify(
     texts: offline.Texts = None,
     density: Densities = None,
     tokens: Tokens = TOKENS,
+    down_type: DownType = None,
     no_perplexity: NoPerplexity = False,
     sidecar: offline.Sidecar = False,
     dry_run: offline.DryRun = False,
@@ -48,6 +53,7 @@ def sparsify(
     path = console.find_model(model)
     with console.open_engine(str(path), None, threads, "dense", use_section=False) as engine:
         config = engine.config
+        kind = transpose.check_type(down_type, config) if down_type else None
         text = corpus.load(texts or [], load_tokenizer(engine.file), tokens)
         if len(text) < MIN_TOKENS:
             raise ParameterError(f"{text.name}: got {len(text)} tokens, wanted at least {MIN_TOKENS}, better {TOKENS}")
@@ -57,7 +63,7 @@ def sparsify(
             found = thresholds.collect(engine, known, norms, progress)
             checked = thresholds.collect(engine, held_out, norms, lambda done: progress(len(known) + done))
         values = thresholds.table(found, wanted, thresholds.cheapest)
-        sizes = thresholds.reads(engine.file, config)
+        sizes = thresholds.reads(engine.file, config, kind)
         ppl = None if no_perplexity else offline.perplexity(engine, held_out)
     rows = [_row(1.0, 1.0, sizes.dense, sizes.dense, ppl)]
     for each, chosen in zip(wanted, values, strict=True):
@@ -65,7 +71,7 @@ def sparsify(
         rows.append(_row(each, share, sizes.at(share), sizes.dense, None))
     if not dry_run:
         with GGUFFile(path) as file:
-            limits, copy = thresholds.contents(wanted, values), transpose.contents(file, config)
+            limits, copy = thresholds.contents(wanted, values), transpose.contents(file, config, kind)
             offline.save(path, Contents(limits.metadata, limits.tensors + copy.tensors), sidecar)
         if not no_perplexity:
             for row in rows[1:]:

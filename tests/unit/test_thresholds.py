@@ -18,6 +18,7 @@ from watched import WatchedEngine
 
 from hotcold import Engine
 from hotcold.formats.config import ModelConfig
+from hotcold.formats.errors import ParameterError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section import find_section
 from hotcold.formats.section_file import Contents, update_section
@@ -224,3 +225,15 @@ def test_contents_are_descending_rows(tiny_model: Make, tmp_path: Path) -> None:
             table = section.thresholds()
             assert table is not None
             np.testing.assert_array_equal(table.values, values)
+
+
+def test_the_type_of_the_copy_may_be_chosen(tiny_model: Callable[..., Path]) -> None:
+    with GGUFFile(tiny_model(qtype="Q4_0")) as file:
+        config = ModelConfig.from_gguf(file)
+        chosen = transpose.contents(file, config, transpose.check_type("q5_1", config)).tensors
+        assert {tensor.type.name for tensor in chosen} == {"Q5_1"}
+        assert {tensor.type.name for tensor in transpose.contents(file, config).tensors} == {"Q8_0"}
+        with pytest.raises(ParameterError, match="down-type: got 'q4_k', wanted one of F32"):
+            transpose.check_type("q4_k", config)
+    with GGUFFile(tiny_model(n_embd=36, n_head=2)) as file, pytest.raises(ParameterError, match="n_embd is 36"):
+        transpose.check_type("Q8_0", ModelConfig.from_gguf(file))
