@@ -12,6 +12,7 @@ from .cpu.layout import Choice, Row
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
     from .cpu.lower import Tape
+    from .graph import Node
     from .sparsity import Plan
     from .tensors import Tensors
 
@@ -22,7 +23,7 @@ class Usage:
 
     steps: steps taken. places, active: (token, neuron) pairs in all, and those active; both 0 for a dense engine.
     ffn_bytes: bytes of FFN weights read, predictors included; dense_bytes: what a dense engine would have read.
-    ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors and selections.
+    ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors.
     """
 
     steps: int = 0
@@ -53,7 +54,7 @@ class Usage:
 
     @property
     def predictor_share(self) -> float:
-        """Predictors' and selections' share of the time; 0 where the machine has no clock that a program may read."""
+        """Predictors' share of the time; 0 where the machine has no clock that a program may read."""
         return self.predictor_ticks / self.ticks if self.ticks else 0.0
 
 
@@ -78,10 +79,7 @@ def usage(tape: Tape, tensors: Tensors, config: ModelConfig, plan: Plan | None, 
         read += int(sparse_steps[layer]) * always + int(listed[layer]) * by_list // config.n_ff
         read += int(dense_steps[layer]) * whole
     ticks = tape.rows[:, Row.ticks // 8]
-    predicting = [
-        node.op == "select" or (node.op in ("matmul", "activate", "pack") and _predicts(node.weight, node.reads))
-        for node in tape.nodes
-    ]
+    predicting = [bool(plan.predictor) and _predicts(node) for node in tape.nodes]
     return Usage(
         steps,
         int(tokens.sum()) * config.n_ff,
@@ -93,8 +91,9 @@ def usage(tape: Tape, tensors: Tensors, config: ModelConfig, plan: Plan | None, 
     )
 
 
-def _predicts(weight: str, reads: tuple[str, ...]) -> bool:
-    return "ffn_pred" in weight or (len(reads) == 1 and reads[0].startswith("r"))
+def _predicts(node: Node) -> bool:
+    """A predictor's matmul, the rectifying between its two, or the selection by its scores."""
+    return node.op == "select" or "ffn_pred" in node.weight or (node.op == "activate" and len(node.reads) == 1)
 
 
 def _sizes(tensors: Tensors, layer: int) -> dict[str, int]:

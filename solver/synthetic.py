@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..formats.errors import ParameterError, StorageError
 from ..formats.pages import forget
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFWriter
 
-    from .synthetic_relu import ReluWeights
+    from ..formats.section_file import Contents
 
 Progress = Callable[[str, int, int], None]
 
@@ -130,12 +130,19 @@ def vocabulary(n_vocab: int) -> tuple[list[str], list[float], list[int]]:
     return pieces, scores, kinds
 
 
+class Weights(Protocol):
+    """What makes a model's tensors, in the order of tensors(), and its section."""
+
+    def tensors(self) -> Iterator[np.ndarray]: ...
+    def section(self) -> Contents: ...
+
+
 def write_model(
     path: Path,
     shape: Shape,
     seed: int = 0,
     progress: Progress | None = None,
-    relu: ReluWeights | None = None,
+    relu: Weights | None = None,
 ) -> None:
     """Write a random llama model, one tensor in memory at a time; norms F32, all else shape.kind.
 

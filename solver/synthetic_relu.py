@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +17,7 @@ from numpy.typing import NDArray
 from ..formats.errors import ParameterError
 from ..formats.section_file import Contents, SectionTensor
 from ..formats.types import GGMLType
-
-if TYPE_CHECKING:
-    from .synthetic import Shape
+from .synthetic import Shape, tensors
 
 Floats = NDArray[np.float32]
 
@@ -58,8 +55,6 @@ class ReluWeights:
 
     def tensors(self) -> Iterator[np.ndarray]:
         """Every tensor's data in the order of synthetic.tensors(): uint8 rows, or float32 norms."""
-        from .synthetic import tensors
-
         for name, n_rows, n_cols in tensors(self.shape):
             yield self._encode(self._matrix(name, n_rows, n_cols)) if n_rows else self._norm(name, n_cols)
 

@@ -66,7 +66,7 @@ def main() -> None:
                 print(
                     f"{mode:14} {1000 * statistics.median(times[mode]):7.2f} ms a token, {used.density:6.1%} active, "
                     f"{total / 1e6:7.1f} MB read; time {ratio:.3f}, bytes {total / whole:.3f} of dense{verdict}, "
-                    f"predictors and selection {used.predictor_share:.1%} of the time"
+                    f"predictors {used.predictor_share:.1%} of the time"
                 )
 
 

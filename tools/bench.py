@@ -288,10 +288,11 @@ def _print(report: dict[str, Any]) -> None:
         print(line + (f"  {ratio:>5.2f}x" if ratio is not None else ""))
     ffn = report["ffn"]
     if ffn["sparsity"] != "dense":
+        predictors = f", predictors {ffn['predictor_time']:.1%} of the time" if ffn["predictor_time"] else ""
         print(
             f"FFN {ffn['sparsity']}: {ffn['active']:.1%} of neurons active, "
-            f"{console.human_bytes(ffn['bytes_per_token'])} a token ({ffn['bytes_over_dense']:.0%} of dense), "
-            f"predictors and selection {ffn['predictor_time']:.1%} of the time"
+            f"{console.human_bytes(ffn['bytes_per_token'])} a token "
+            f"({ffn['bytes_over_dense']:.0%} of dense){predictors}"
         )
 
 

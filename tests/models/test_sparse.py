@@ -232,6 +232,9 @@ def test_predict_computes_what_is_predicted(
         for token in IDS:
             engine.eval(sequence, [token])
         assert abs(engine.usage.density - np.mean(model.active)) < 1e-3
+        usage, plan = engine.usage, engine.plan
+        assert plan is not None and plan.predictor
+        assert 0 < usage.predictor_share < 1 or usage.ticks == 0
 
 
 def test_quantised_predictors(tiny_model: MakeModel, tmp_path: Path) -> None:
@@ -257,6 +260,7 @@ def test_usage_counts_neurons_and_bytes(tiny_model: MakeModel) -> None:
         for token in IDS[9:12]:
             engine.eval(sequence, [token])
         used = engine.usage - before
+        assert used.predictor_share == 0
         assert (used.steps, used.places, used.dense_bytes) == (3, 3 * N_LAYER * N_FF, 9 * N_LAYER * matrix)
         assert used.ffn_bytes == (3 * N_LAYER * N_FF + 2 * used.active) * N_EMBD * 4
         model = oracle(path)
