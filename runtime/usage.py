@@ -11,7 +11,7 @@ from .cpu.layout import Choice, Row
 
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
-    from .cpu.lower import Tape
+    from .cpu.assemble import Tape
     from .graph import Node
     from .sparsity import Plan
     from .tensors import Tensors

@@ -1,64 +1,37 @@
-"""Lowering: the CPU nodes of a graph become a tape, its argument records and its buffers."""
+"""Lowering: each CPU node of a graph becomes an op or two of a tape, with the arguments that its kernel wants."""
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from ...formats.config import ModelConfig
 from ..graph import Graph, Node
 from ..kv_cache import KVCache
-from ..memory import ALIGNMENT as CACHE_LINE
-from ..memory import aligned
 from ..sparsity import gate_range
 from ..tensors import Tensors
 from . import jit
+from .assemble import Assembly, Tape
 from .buffers import GROUPS, PANEL_CACHE, Buffers, t_panels
 from .layout import (
     PANEL_ROWS,
     AddParts,
     Attention,
-    Choice,
     Down,
     Embed,
     MatMul,
     Norm,
     Pack,
     Rope,
-    Row,
     Rows,
     Select,
     Step,
     panel_bytes,
 )
 
-_SLOTS = 24  # int64 slots of a record
 _CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
 _AHEAD_BYTES = 16 << 10  # of listed rows that are fetched ahead
 _SEGMENT = 512  # activations that a thread packs at a time
-
-
-class Tape:
-    """rows int64 [n, len(Row)] and records int64 [n, _SLOTS], with the buffers that they point into.
-
-    nodes: that each row was lowered from. activations: by layer, the row that begins its FFN's activation; all before
-    it is done when it is reached.
-    """
-
-    def __init__(
-        self,
-        rows: np.ndarray,
-        records: np.ndarray,
-        counts: np.ndarray,
-        buffers: dict[str, np.ndarray],
-        nodes: list[Node],
-        activations: list[int],
-    ) -> None:
-        self.rows, self.records, self.counts, self.buffers = rows, records, counts, buffers
-        self.nodes, self.activations = nodes, activations
 
 
 class _Lowering:
@@ -76,11 +49,9 @@ class _Lowering:
         self.rope_table, self.n_threads = rope_table, n_threads
         self.buffers = Buffers(graph, tensors, config, n_threads, sizes)
         self.widths = graph.widths
-        self.ops: list[tuple[str, dict[str, Any], Any, Node]] = []
+        self.assembly = Assembly(self.buffers)
+        self.emit = self.assembly.emit
         self.activations: list[int] = []
-        self.barriers: list[bool] = []
-        self.dirty: set[str] = set()  # written since the last barrier
-        self.busy: set[str] = set()  # read since the last barrier
         self.prepacked = {name for node in graph.nodes if node.op in ("norm", "activate") for name in node.writes}
         lowerings: dict[str, Callable[[Node], None]] = {
             "embed": self.embed,
@@ -96,19 +67,6 @@ class _Lowering:
         }
         for node in graph.nodes:
             lowerings[node.op](node)
-
-    def emit(
-        self, kernel: str, layout: Any, node: Node, reads: tuple[str, ...], writes: tuple[str, ...], **fields: Any
-    ) -> None:
-        """Append an op, after a barrier if it touches what ops since the last one wrote, or writes what they read."""
-        if self.dirty & {*reads, *writes} or self.busy & set(writes):
-            self.barriers[-1] = True
-            self.dirty.clear()
-            self.busy.clear()
-        self.dirty.update(writes)
-        self.busy.update(reads)
-        self.ops.append((kernel, fields, layout, node))
-        self.barriers.append(False)
 
     def count(self, node: Node) -> int:
         return Step.n_out if node.rows == "outputs" else Step.n_tok
@@ -171,7 +129,7 @@ class _Lowering:
         fields: dict[str, Any] = {}
         if others:
             fields["second"] = self.buffers.floats(others[0])
-            self.activations.append(len(self.ops))
+            self.activations.append(len(self.assembly.ops))
         if len(others) > 1:
             fields["scores"] = self.buffers.floats(others[1])
             fields["cut"] = self.buffers.vector(node.cut) if node.cut else self.buffers.zeros(self.widths[source])
@@ -364,27 +322,6 @@ class _Lowering:
             **self.heads(node.layer),
         )
 
-    # --- the tape ---
-
-    def tape(self, progress: jit.Progress | None) -> tuple[Tape, int]:
-        kernels = jit.load(["walk", *(kernel for kernel, _, _, _ in self.ops)], progress=progress)
-        self.barriers[-1] = True
-        records = aligned(len(self.ops) * _SLOTS * 8, zero=True).view(np.int64).reshape(-1, _SLOTS)
-        rows = np.zeros((len(self.ops), len(Row)), np.int64)
-        counts = aligned(len(self.ops) * CACHE_LINE, zero=True)  # of finished chunks, one a segment
-        segment = 0
-        for i, (kernel, fields, layout, node) in enumerate(self.ops):
-            fields["done"] = counts.ctypes.data + segment * CACHE_LINE
-            for name, value in fields.items():
-                if isinstance(value, float):
-                    value = struct.unpack("q", struct.pack("d", value))[0]
-                records[i, getattr(layout, name) // 8] = value
-            when = self.buffers.choice(node.layer) + Choice.sparse if node.branch else 0
-            rows[i] = kernels[kernel], records[i].ctypes.data, self.barriers[i], when, node.branch == "sparse", 0
-            segment += self.barriers[i]
-        nodes = [node for *_, node in self.ops]
-        return Tape(rows, records, counts, self.buffers.arrays, nodes, self.activations), kernels["walk"]
-
 
 def lower(
     graph: Graph,
@@ -401,4 +338,5 @@ def lower(
     rope_table: address of a RopeTable's array. sizes: the most "tokens" and "outputs" of one step.
     UnsupportedError names a tensor whose type no kernel computes.
     """
-    return _Lowering(graph, tensors, config, cache, rope_table, n_threads, sizes).tape(progress)
+    lowering = _Lowering(graph, tensors, config, cache, rope_table, n_threads, sizes)
+    return lowering.assembly.tape(lowering.activations, progress)
