@@ -109,9 +109,8 @@ def _sparse_ffn(graph: Graph, config: ModelConfig, layer: int, plan: Plan, rank:
     else:
         add("matmul", "f", "gate", "ffn_gate")
         add("select", "gate", f"{active} picked", threshold=threshold, limit=plan.limit)
-        add("rows", f"f {active}", "up", "ffn_up", "sparse")
-        add("activate", f"picked up {active}", "picked", "", "sparse", function=function, threshold=threshold)
-        add("down", f"picked x {active}", "x", "ffn_down_t", "sparse")
+        add("rows", f"f picked {active}", "up", "ffn_up", "sparse", function=function, threshold=threshold)
+        add("down", f"up x {active}", "x", "ffn_down_t", "sparse")
         add("matmul", "f", "up", "ffn_up", "dense")
         add("activate", "gate up", "gate h", "", "dense", function=function, threshold=threshold)
     if plan.dense_from_t:

@@ -17,9 +17,9 @@ class Node:
     neurons), rows (a matmul of the listed rows) and down (add the listed rows, times h). reads, writes: names of
     values; a node that adds to a value reads and writes it. weight, bias: tensor names. layer: index of the block, -1
     outside. rows: "tokens", or "outputs" where only the positions whose logits are wanted take part. branch: of a
-    sparse FFN, the steps that the node belongs to: "sparse", "dense", or "" for all. function: of an activate.
-    threshold, cut: the rule by which neurons are active (sparsity.py); cut is a tensor's name. limit: the most neurons
-    that a select lists before the step is dense.
+    sparse FFN, the steps that the node belongs to: "sparse", "dense", or "" for all. function: of an
+    activate, or of rows that are activated too. threshold, cut: the rule by which neurons are active (sparsity.py);
+    cut is a tensor's name. limit: the most neurons that a select lists before the step is dense.
     """
 
     op: str

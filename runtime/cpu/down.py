@@ -188,10 +188,10 @@ def _down(variant: str) -> Any:
                     p1 = w + i32_at(listed + i * 4 + 4) * row_bytes
                     p2 = w + i32_at(listed + i * 4 + 8) * row_bytes
                     p3 = w + i32_at(listed + i * 4 + 12) * row_bytes
-                    n0 = w + i32_at(listed + min(i + ahead, count - 1) * 4) * row_bytes
-                    n1 = w + i32_at(listed + min(i + ahead + 1, count - 1) * 4) * row_bytes
-                    n2 = w + i32_at(listed + min(i + ahead + 2, count - 1) * 4) * row_bytes
-                    n3 = w + i32_at(listed + min(i + ahead + 3, count - 1) * 4) * row_bytes
+                    n0 = w + i32_at(listed + min(i + ahead, end - 1) * 4) * row_bytes
+                    n1 = w + i32_at(listed + min(i + ahead + 1, end - 1) * 4) * row_bytes
+                    n2 = w + i32_at(listed + min(i + ahead + 2, end - 1) * 4) * row_bytes
+                    n3 = w + i32_at(listed + min(i + ahead + 3, end - 1) * 4) * row_bytes
                     for t in range(n_tok):
                         at = h + t * h_stride + i * 4
                         h0, h1, h2, h3 = f32_at(at), f32_at(at + 4), f32_at(at + 8), f32_at(at + 12)
@@ -200,7 +200,7 @@ def _down(variant: str) -> Any:
                     i += 4
             while i < end:
                 p = w + i32_at(listed + i * 4) * row_bytes
-                fetch(w + i32_at(listed + min(i + ahead, count - 1) * 4) * row_bytes, row_bytes)
+                fetch(w + i32_at(listed + min(i + ahead, end - 1) * 4) * row_bytes, row_bytes)
                 for t in range(n_tok):
                     value = f32_at(h + t * h_stride + i * 4)
                     if value != 0.0:

@@ -48,7 +48,7 @@ MatMul = arguments(
 )
 Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice {_PACKED}")
 Select = arguments("Select", "src n low high top cut list picked choice limit")
-Rows = arguments("Rows", "w out k row_bytes out_stride list choice parts ahead xq xd xn xs xf")
+Rows = arguments("Rows", "w out k row_bytes out_stride list choice parts ahead gates threshold xq xd xn xs xf")
 Down = arguments("Down", "w out h h_stride n row_bytes list choice parts ahead")
 AddParts = arguments("AddParts", "sums out n parts")
 Norm = arguments("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")

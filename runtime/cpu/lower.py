@@ -30,8 +30,12 @@ from .layout import (
 )
 
 _CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
-_AHEAD_BYTES = 16 << 10  # of listed rows that are fetched ahead
 _SEGMENT = 512  # activations that a thread packs at a time
+
+
+def rows_ahead(row_bytes: int) -> int:
+    """How many listed rows ahead to fetch: enough to wait for memory, and few enough to stay in the thread's chunk."""
+    return max(min(8, (16 << 10) // row_bytes), (8 << 10) // row_bytes, 1)
 
 
 class _Lowering:
@@ -227,21 +231,25 @@ class _Lowering:
         return {"list": self.buffers.list(), "choice": self.buffers.choice(node.layer)}
 
     def rows(self, node: Node) -> None:
-        info = self.tensors.info(node.weight)
+        """Rows of the list; with gates among the reads they become act(gate) * row . x in the same op."""
+        info, kind = self.tensors.info(node.weight), self.buffers.kind(node.weight)
         source, packed = self.packed(node)
+        if node.function:
+            packed |= {"gates": self.buffers.floats(node.reads[1])}
         self.emit(
-            f"rows:{self.buffers.kind(node.weight)}",
+            f"rows:{kind}:{node.function}" if node.function else f"rows:{kind}",
             Rows,
             node,
             (source, *node.reads[1:]),
             node.writes,
+            threshold=float(node.threshold),
             w=self.tensors.address(node.weight),
             out=self.buffers.floats(node.writes[0]),
             k=info.shape[0],
             row_bytes=info.row_size,
             out_stride=info.n_rows,
             parts=self.n_threads * 4,
-            ahead=-(-_AHEAD_BYTES // info.row_size),
+            ahead=rows_ahead(info.row_size),
             **self.listed(node),
             **packed,
         )
@@ -264,7 +272,7 @@ class _Lowering:
             n=info.shape[0],
             row_bytes=info.row_size,
             parts=parts,
-            ahead=max(4, -(-_AHEAD_BYTES // info.row_size)),
+            ahead=max(4, rows_ahead(info.row_size)),
             **self.listed(node),
         )
         self.emit(

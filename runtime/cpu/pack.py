@@ -72,17 +72,9 @@ def masked(h, a, threshold, scores, cut, n):
     return h
 
 
-def build(family: str, variant: str) -> Any:
-    """`pack`: src as it is. `activate:NAME`: act(src) * second, gate and up; without a second, act(src).
-
-    Neurons that the sparse rules leave out become 0, so that a dense step gives what a sparse one would. With a choice,
-    the arrays hold only the listed neurons.
-    """
-    args_of, choice_of = Pack, Choice
-    activate = family == "activate"
-    act = gate(variant or "relu")
-    both = variant == "drelu"
-    lanes = LANES
+def neuron(activation: str) -> Any:
+    """(gate, up or 0, score or 0, cut, threshold, n): h of n neurons, from the addresses of their values."""
+    act, both = gate(activation), activation == "drelu"
 
     @inline
     def neurons(row, other, scores, cut, threshold, n):
@@ -94,6 +86,20 @@ def build(family: str, variant: str) -> Any:
                 u = act(u, n)
             h = a * u
         return masked(h, a, threshold, scores, cut, n)
+
+    return neurons
+
+
+def build(family: str, variant: str) -> Any:
+    """`pack`: src as it is. `activate:NAME`: act(src) * second, gate and up; without a second, act(src).
+
+    Neurons that the sparse rules leave out become 0, so that a dense step gives what a sparse one would. With a choice,
+    the arrays hold only the listed neurons.
+    """
+    args_of, choice_of = Pack, Choice
+    activate = family == "activate"
+    lanes = LANES
+    neurons = neuron(variant or "relu")
 
     def pack(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
