@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import naive
 import numpy as np
 import pytest
 from kernel_harness import (
@@ -30,8 +31,10 @@ from hotcold.runtime.cpu.layout import MatMul, Rows, Step
 N = 70  # rows there are
 
 
-def listed_rows(level: str, kind: str, raw: Array, x: Array, rows: Array, n_threads: int = 1, **options: int) -> Array:
-    """float32 (n_tok, len(rows)). Options: parts, ahead."""
+def listed_rows(
+    level: str, kind: str, raw: Array, x: Array, rows: Array, n_threads: int = 1, name: str = "", **options: Any
+) -> Array:
+    """float32 (n_tok, len(rows)). name: an activation. Options: parts, ahead; gates and threshold of an activation."""
     n_tok, k = x.shape
     n, count = len(raw), len(rows)
     fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
@@ -40,7 +43,7 @@ def listed_rows(level: str, kind: str, raw: Array, x: Array, rows: Array, n_thre
     own |= {"w": Buffer(raw), "out": out, "k": k, "row_bytes": raw.shape[1], "out_stride": n}
     own |= {"list": Buffer(rows.astype(np.int32)), "choice": choice(count)}
     own |= {name: buffer for name, buffer in fields.items() if name.startswith("x")}
-    run(level, pack_op(Buffer(x), fields), Op(f"rows:{kind}", Rows, own), n_threads=n_threads, n_tok=n_tok)
+    run(level, pack_op(Buffer(x), fields), Op(f"rows:{kind}{name}", Rows, own), n_threads=n_threads, n_tok=n_tok)
     assert np.isnan(out.array[:, count:]).all()
     return np.array(out.array[:, :count])
 
@@ -102,3 +105,21 @@ def test_long_rows_are_fetched_in_two_steps(level: str) -> None:
             for ahead in (1, 9, 40):
                 got = listed_rows(level, kind, raw, x, rows, ahead=ahead)
                 np.testing.assert_array_equal(got, all_rows(level, kind, raw, x)[:, rows])
+
+
+@pytest.mark.parametrize("name", naive.ACTIVATIONS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_activated_rows(level: str, name: str) -> None:
+    """act(gate) * row . x, and 0 where |act(gate)| is below the threshold; as the activation's own op gives it."""
+    rng = np.random.default_rng(7)
+    raw, x = weights("F32", N, 32, rng), rng.standard_normal((3, 32), np.float32)
+    for rows in lists(rng):
+        count = len(rows)
+        gates = rng.standard_normal((3, N), np.float32)
+        up = listed_rows(level, "F32", raw, x, rows)
+        for threshold, n_threads in ((0.0, 1), (0.3, 2)):
+            given = {"gates": Buffer(gates), "threshold": threshold}
+            got = listed_rows(level, "F32", raw, x, rows, n_threads, f":{name}", **given)
+            wanted = naive.glu(gates[:, :count].astype(np.float64), up.astype(np.float64), name)
+            act = naive.ACTIVATIONS[name](gates[:, :count].astype(np.float64))
+            np.testing.assert_allclose(got, np.where(np.abs(act) >= threshold, wanted, 0), rtol=3e-6, atol=1e-14)
