@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -71,10 +72,8 @@ def gate_range(activation: str, threshold: float) -> tuple[float, float, float]:
         return math.inf, math.inf, -math.inf
     if activation in ZEROS:
         return math.inf, math.inf, math.sqrt(threshold) if activation == "relu2" else threshold
-    act = {"silu": _silu, "gelu": _gelu}[activation]
+    act, dip = _GATES[activation], _dip(activation)
     top = _bisect(lambda x: act(x) >= threshold, 0.0, 2 * threshold + 1)
-    # Below zero both dip to one minimum, between -5 and 0, and come back.
-    dip = min(np.linspace(-5.0, 0.0, 5001), key=act)
     if -act(dip) < threshold:
         return math.inf, math.inf, top
     low = _bisect(lambda x: -act(x) >= threshold, -100.0, dip)
@@ -87,6 +86,15 @@ def _silu(x: float) -> float:
 
 def _gelu(x: float) -> float:
     return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+_GATES = {"silu": _silu, "gelu": _gelu}
+
+
+@cache
+def _dip(activation: str) -> float:
+    """Where the activation is least: below zero both dip to one minimum, between -5 and 0, and come back."""
+    return float(min(np.linspace(-5.0, 0.0, 5001), key=_GATES[activation]))
 
 
 def _bisect(holds: Callable[[float], bool], no: float, yes: float) -> float:
