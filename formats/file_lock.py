@@ -7,7 +7,7 @@ SIGBUS. Windows has no such lock and needs none, as it refuses to cut a mapped r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,15 +29,23 @@ def lock_path(model: Path) -> Path:
 @contextmanager
 def writing(model: Path) -> Iterator[None]:
     """Be the only process that changes this model's section; StorageError at once if another one does."""
+    busy = f"{model}: another process is attaching to it or detaching from it; try again"
+    with alone(lock_path(model), busy, lambda reason: f"{model}: its folder cannot be written: {reason}"):
+        yield
+
+
+@contextmanager
+def alone(lock_file: Path, busy: str, denied: Callable[[str], str]) -> Iterator[None]:
+    """Be the only process that holds a lock file; StorageError at once: `busy`, or `denied` for the system's reason."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(lock_path(model))
+    lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise StorageError(f"{model}: another process is attaching to it or detaching from it; try again") from None
+        raise StorageError(busy) from None
     except OSError as error:
-        raise StorageError(f"{model}: its folder cannot be written: {error.strerror or error}") from error
+        raise StorageError(denied(error.strerror or str(error))) from error
     try:
         yield
     finally:

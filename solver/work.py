@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.errors import StorageError
+from ..formats.file_lock import alone
 
 _FORMAT = 1
 
@@ -25,19 +26,10 @@ class Work:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Be the only process that makes OUT; StorageError if another one does."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.out.with_name(f".{self.folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise StorageError(f"{self.out}: another process is making it") from None
-        except OSError as exc:
-            raise StorageError(f"{self.out}: {exc.strerror or exc}; name a file that can be written there") from exc
-        try:
+        lock_file = self.out.with_name(f".{self.folder.name}.lock")
+        busy = f"{self.out}: another process is making it"
+        with alone(lock_file, busy, lambda reason: f"{self.out}: {reason}; name a file that can be written there"):
             yield
-        finally:
-            lock.release()
 
     def begin(self) -> bool:
         """Make the folder; True if it is there with work of the same settings, other work is thrown away."""
