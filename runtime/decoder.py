@@ -1,119 +1,221 @@
-"""The one generic decoder: a ModelConfig, and how sparse its FFNs shall be, become a Graph."""
+"""The one generic decoder: a ModelConfig, how sparse its FFNs shall be, and what lies on a GPU become a Graph."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from ..formats.config import ModelConfig
 from .graph import Graph, Node
 from .sparsity import Plan
 
 
-def build(config: ModelConfig, plan: Plan | None = None, ranks: tuple[int, ...] = ()) -> Graph:
+@dataclass(frozen=True)
+class Split:
+    """What runs on the GPU: by layer its attention and how many neurons of its FFN (the hot ones), and the output."""
+
+    attention: tuple[bool, ...]
+    hot: tuple[int, ...]
+    head: bool
+
+
+def part(tensor: str, name: str) -> str:
+    """The name of the "hot" or "cold" rows of a tensor."""
+    return f"{tensor}@{name}"
+
+
+def build(
+    config: ModelConfig, plan: Plan | None = None, ranks: tuple[int, ...] = (), split: Split | None = None
+) -> Graph:
     """The graph of a pre-norm decoder with rotary positions and a gated FFN.
 
     Values: x (residual), a (normed), q k v att, f (normed), gate up h, y (normed output rows), logits; of a sparse FFN
-    also r and scores (a predictor's), picked (gates or scores of the listed neurons), active.N (the list).
-    ranks: of the predictors, by layer.
+    also r and scores (a predictor's), picked (gates or scores of the listed neurons), active.N (the list). On the GPU
+    likewise, and parts (sums of the hot neurons), base (x with the cold ones added). ranks: of the predictors, by
+    layer. A layer with both hot and cold neurons needs a plan.
     """
-    n_ff = config.n_ff
-    graph = Graph(
-        widths={
-            "x": config.n_embd,
-            "a": config.n_embd,
-            "q": config.n_head * config.head_dim_k,
-            "k": config.n_head_kv * config.head_dim_k,
-            "v": config.n_head_kv * config.head_dim_v,
-            "att": config.n_head * config.head_dim_v,
-            "f": config.n_embd,
-            "gate": n_ff,
-            "up": n_ff,
-            "h": n_ff,
-            "y": config.n_embd,
-            "logits": config.n_vocab,
-        }
-    )
-    if plan:
-        graph.widths |= {"picked": n_ff, "scores": n_ff} | {f"r{rank}": rank for rank in ranks}
-    graph.add(Node("embed", (), ("x",), "token_embd.weight"))
-    for layer in range(config.n_layer):
-        _attention(graph, config, layer)
-        if plan is None:
-            _dense_ffn(graph, config, layer)
+    return _Decoder(config, plan, ranks, split).graph
+
+
+class _Decoder:
+    def __init__(self, config: ModelConfig, plan: Plan | None, ranks: tuple[int, ...], split: Split | None) -> None:
+        self.config, self.plan, self.ranks = config, plan, ranks
+        self.split = split or Split((False,) * config.n_layer, (0,) * config.n_layer, False)
+        self.graph = Graph(widths=_widths(config, plan, ranks))
+        if split:
+            on_gpu = {f"gpu.{value}": width for value, width in self.graph.widths.items()}
+            self.graph.widths |= on_gpu | {"gpu.base": config.n_embd, "gpu.parts": config.n_embd}
+        self.current = {"cpu"}  # the units that have the residual as it is now
+        self._add("embed", "", "x", "token_embd.weight")
+        for layer in range(config.n_layer):
+            self._attention(layer, "gpu" if self.split.attention[layer] else "cpu")
+            self._ffn(layer)
+        self._head("gpu" if self.split.head else "cpu")
+
+    def _add(
+        self, op: str, reads: str, writes: str, weight: str = "", unit: str = "cpu", **fields: str | float
+    ) -> None:
+        """Append a node, whose values are those of its unit."""
+
+        def names(values: str) -> tuple[str, ...]:
+            return tuple(f"gpu.{v}" if unit == "gpu" and not v.startswith("gpu.") else v for v in values.split())
+
+        self.graph.add(Node(op, names(reads), names(writes), weight, unit=unit, **fields))  # type: ignore[arg-type]
+
+    def _copy(self, op: str, source: str, to: str, rows: str = "tokens") -> None:
+        self.graph.add(Node(op, (source,), (to,), rows=rows, unit="gpu"))
+
+    def _need(self, unit: str) -> None:
+        """Have the residual on a unit."""
+        if unit not in self.current:
+            self._copy(*(("send", "x", "gpu.x") if unit == "gpu" else ("fetch", "gpu.x", "x")))
+            self.current.add(unit)
+
+    def _attention(self, layer: int, unit: str) -> None:
+        self._need(unit)
+        cache, c = f"kv.{layer}", self.config
+
+        def add(op: str, reads: str, writes: str, weight: str = "", bias: bool = False) -> None:
+            name = f"blk.{layer}.{weight}"
+            names = {"bias": f"{name}.bias" if bias else ""}
+            self._add(op, reads, writes, f"{name}.weight" if weight else "", unit, layer=layer, **names)
+
+        add("norm", "x", "a", "attn_norm")
+        add("matmul", "a", "q", "attn_q", c.qkv_bias)
+        add("matmul", "a", "k", "attn_k", c.qkv_bias)
+        add("matmul", "a", "v", "attn_v", c.qkv_bias)
+        add("rope", "q k v", f"q k {cache}")
+        add("attention", f"q {cache}", "att")
+        add("matmul", "att x", "x", "attn_output", c.output_bias)
+        self.current = {unit}
+
+    def _ffn(self, layer: int) -> None:
+        n_hot = self.split.hot[layer]
+        n_cold = self.config.n_ff - n_hot
+        if n_cold:
+            self._need("cpu")
+        if n_hot:
+            self._need("gpu")
+            self._hot_ffn(layer, n_hot, whole=n_cold == 0)
+        if n_cold and self.plan is None:
+            assert n_hot == 0
+            self._dense_ffn(layer)
+        elif n_cold:
+            self._sparse_ffn(layer, self.plan, n_cold if n_hot else 0)  # type: ignore[arg-type]
+        self.current = {"gpu" if n_hot else "cpu"}
+        if n_hot and n_cold:
+            self._copy("send", "x", "gpu.base")
+            self._add("merge", "base parts", "x", unit="gpu", layer=layer)
+
+    def _dense_ffn(self, layer: int) -> None:
+        block = f"blk.{layer}"
+        self._add("norm", "x", "f", f"{block}.ffn_norm.weight", layer=layer)
+        self._add("matmul", "f", "gate", f"{block}.ffn_gate.weight", layer=layer)
+        self._add("matmul", "f", "up", f"{block}.ffn_up.weight", layer=layer)
+        self._add("activate", "gate up", "gate h", layer=layer, function=self.config.activation)
+        self._add("matmul", "h x", "x", f"{block}.ffn_down.weight", layer=layer)
+
+    def _sparse_ffn(self, layer: int, plan: Plan, n_cold: int) -> None:
+        """A selection, then two branches: the listed neurons, or all of them with the inactive ones set to zero.
+
+        n_cold: of a layer that is split, the neurons that are not on the GPU; 0 for all.
+        """
+        active, threshold, function = f"active.{layer}", plan.thresholds[layer], self.config.activation
+        width = f":{n_cold}" if n_cold else ""
+        gate, up, h, scores, picked = (f"{value}{width}" for value in ("gate", "up", "h", "scores", "picked"))
+        if n_cold:
+            self.graph.widths |= dict.fromkeys((gate, up, h, scores, picked), n_cold)
+        rule: dict[str, str | float] = {"threshold": threshold}
+
+        def weight(name: str) -> str:
+            tensor = f"blk.{layer}.{name}"
+            return part(tensor, "cold") if n_cold and name not in ("ffn_norm.weight", "ffn_pred_a.weight") else tensor
+
+        def add(op: str, reads: str, writes: str, name: str = "", branch: str = "", **rest: str | float) -> None:
+            tensor = weight(f"{name}.weight") if name else ""
+            self._add(op, reads, writes, tensor, layer=layer, branch=branch, **rest)
+
+        add("norm", "x", "f", "ffn_norm")
+        limit = n_cold or plan.limit
+        if plan.predictor:
+            r, cut = f"r{self.ranks[layer]}", weight("ffn_pred_cut")
+            add("matmul", "f" if plan.predictor_input == "ffn_norm" else "x", r, "ffn_pred_a")
+            if plan.predictor == "relu":
+                add("activate", r, r, function="relu")
+            add("matmul", r, scores, "ffn_pred_b")
+            add("select", scores, f"{active} {picked}", cut=cut, limit=limit)
+            add("rows", f"f {active}", gate, "ffn_gate", "sparse")
+            add("rows", f"f {active}", up, "ffn_up", "sparse")
+            add("activate", f"{gate} {up} {picked} {active}", gate, "", "sparse", function=function)
+            add("down", f"{gate} x {active}", "x", "ffn_down_t", "sparse")
+            add("matmul", "f", gate, "ffn_gate", "dense")
+            add("matmul", "f", up, "ffn_up", "dense")
+            add("activate", f"{gate} {up} {scores}", f"{gate} {h}", "", "dense", function=function, cut=cut)
         else:
-            _sparse_ffn(graph, config, layer, plan, ranks[layer] if ranks else 0)
-    graph.add(Node("norm", ("x",), ("y",), "output_norm.weight", rows="outputs"))
-    head = "token_embd.weight" if config.tied_output else "output.weight"
-    graph.add(Node("matmul", ("y",), ("logits",), head, rows="outputs"))
-    return graph
+            add("matmul", "f", gate, "ffn_gate")
+            add("select", gate, f"{active} {picked}", limit=limit, **rule)
+            add("rows", f"f {picked} {active}", up, "ffn_up", "sparse", function=function, **rule)
+            add("down", f"{up} x {active}", "x", "ffn_down_t", "sparse")
+            add("matmul", "f", up, "ffn_up", "dense")
+            add("activate", f"{gate} {up}", f"{gate} {h}", "", "dense", function=function, **rule)
+        if plan.dense_from_t or n_cold:
+            add("matmul_t", f"{h} x", "x", "ffn_down_t", "dense")
+        else:
+            add("matmul", f"{h} x", "x", "ffn_down", "dense")
+
+    def _hot_ffn(self, layer: int, n_hot: int, whole: bool) -> None:
+        """The hot neurons, on the GPU: their sums stay in parts, or are added to x if the layer has no others."""
+        plan, function = self.plan, self.config.activation
+        h, scores = f"gpu.h:{n_hot}", f"gpu.scores:{n_hot}"
+        self.graph.widths |= {h: n_hot, scores: n_hot}
+
+        def weight(name: str) -> str:
+            tensor = f"blk.{layer}.{name}"
+            return tensor if whole else part(tensor, "hot")
+
+        self._add("norm", "x", "f", f"blk.{layer}.ffn_norm.weight", unit="gpu", layer=layer)
+        reads, rule = "f", {"threshold": plan.thresholds[layer] if plan else 0.0, "cut": ""}
+        if plan and plan.predictor:
+            r = f"r{self.ranks[layer]}"
+            source = "f" if plan.predictor_input == "ffn_norm" else "x"
+            relu = "relu" if plan.predictor == "relu" else ""
+            first = f"blk.{layer}.ffn_pred_a.weight"
+            self._add("matmul", source, r, first, unit="gpu", layer=layer, function=relu)
+            self._add("matmul", r, scores, weight("ffn_pred_b.weight"), unit="gpu", layer=layer)
+            reads, rule["cut"] = f"f {scores}", weight("ffn_pred_cut")
+        up = weight("ffn_up.weight")
+        gate = weight("ffn_gate.weight")
+        self._add("ffn", reads, h, gate, unit="gpu", layer=layer, up=up, function=function, **rule)
+        if plan is None:
+            self._add("matmul", f"{h} x", "x", f"blk.{layer}.ffn_down.weight", unit="gpu", layer=layer)
+            return
+        self._add("down", h, "parts", weight("ffn_down_t.weight"), unit="gpu", layer=layer)
+        if whole:
+            self._add("merge", "x parts", "x", unit="gpu", layer=layer)
+
+    def _head(self, unit: str) -> None:
+        self._need(unit)
+        tied = self.config.tied_output
+        self._add("norm", "x", "y", "output_norm.weight", unit, rows="outputs")
+        self._add("matmul", "y", "logits", "token_embd.weight" if tied else "output.weight", unit, rows="outputs")
+        if unit == "gpu":
+            self._copy("fetch", "gpu.logits", "logits", rows="outputs")
 
 
-def _attention(graph: Graph, config: ModelConfig, layer: int) -> None:
-    def add(op: str, reads: str, writes: str, weight: str = "", bias: bool = False) -> None:
-        name = f"blk.{layer}.{weight}"
-        graph.add(
-            Node(
-                op,
-                tuple(reads.split()),
-                tuple(writes.split()),
-                f"{name}.weight" if weight else "",
-                f"{name}.bias" if bias else "",
-                layer,
-            )
-        )
-
-    cache = f"kv.{layer}"
-    add("norm", "x", "a", "attn_norm")
-    add("matmul", "a", "q", "attn_q", config.qkv_bias)
-    add("matmul", "a", "k", "attn_k", config.qkv_bias)
-    add("matmul", "a", "v", "attn_v", config.qkv_bias)
-    add("rope", "q k v", f"q k {cache}")
-    add("attention", f"q {cache}", "att")
-    add("matmul", "att x", "x", "attn_output", config.output_bias)
-
-
-def _dense_ffn(graph: Graph, config: ModelConfig, layer: int) -> None:
-    block = f"blk.{layer}"
-    graph.add(Node("norm", ("x",), ("f",), f"{block}.ffn_norm.weight", layer=layer))
-    graph.add(Node("matmul", ("f",), ("gate",), f"{block}.ffn_gate.weight", layer=layer))
-    graph.add(Node("matmul", ("f",), ("up",), f"{block}.ffn_up.weight", layer=layer))
-    graph.add(Node("activate", ("gate", "up"), ("gate", "h"), layer=layer, function=config.activation))
-    graph.add(Node("matmul", ("h", "x"), ("x",), f"{block}.ffn_down.weight", layer=layer))
-
-
-def _sparse_ffn(graph: Graph, config: ModelConfig, layer: int, plan: Plan, rank: int) -> None:
-    """A selection, then two branches: the listed neurons, or all of them with the inactive ones set to zero."""
-    block, active = f"blk.{layer}", f"active.{layer}"
-    threshold, function = plan.thresholds[layer], config.activation
-
-    def add(op: str, reads: str, writes: str, weight: str = "", branch: str = "", **rule: str | float) -> None:
-        name = f"{block}.{weight}.weight" if weight else ""
-        graph.add(
-            Node(op, tuple(reads.split()), tuple(writes.split()), name, layer=layer, branch=branch, **rule)  # type: ignore[arg-type]
-        )
-
-    add("norm", "x", "f", "ffn_norm")
-    if plan.predictor:
-        cut = f"{block}.ffn_pred_cut"
-        source = "f" if plan.predictor_input == "ffn_norm" else "x"
-        add("matmul", source, f"r{rank}", "ffn_pred_a")
-        if plan.predictor == "relu":
-            add("activate", f"r{rank}", f"r{rank}", function="relu")
-        add("matmul", f"r{rank}", "scores", "ffn_pred_b")
-        add("select", "scores", f"{active} picked", cut=cut, limit=plan.limit)
-        add("rows", f"f {active}", "gate", "ffn_gate", "sparse")
-        add("rows", f"f {active}", "up", "ffn_up", "sparse")
-        add("activate", f"gate up picked {active}", "gate", "", "sparse", function=function)
-        add("down", f"gate x {active}", "x", "ffn_down_t", "sparse")
-        add("matmul", "f", "gate", "ffn_gate", "dense")
-        add("matmul", "f", "up", "ffn_up", "dense")
-        add("activate", "gate up scores", "gate h", "", "dense", function=function, cut=cut)
-    else:
-        add("matmul", "f", "gate", "ffn_gate")
-        add("select", "gate", f"{active} picked", threshold=threshold, limit=plan.limit)
-        add("rows", f"f picked {active}", "up", "ffn_up", "sparse", function=function, threshold=threshold)
-        add("down", f"up x {active}", "x", "ffn_down_t", "sparse")
-        add("matmul", "f", "up", "ffn_up", "dense")
-        add("activate", "gate up", "gate h", "", "dense", function=function, threshold=threshold)
-    if plan.dense_from_t:
-        add("matmul_t", "h x", "x", "ffn_down_t", "dense")
-    else:
-        add("matmul", "h x", "x", "ffn_down", "dense")
+def _widths(config: ModelConfig, plan: Plan | None, ranks: tuple[int, ...]) -> dict[str, int]:
+    widths = {
+        "x": config.n_embd,
+        "a": config.n_embd,
+        "q": config.n_head * config.head_dim_k,
+        "k": config.n_head_kv * config.head_dim_k,
+        "v": config.n_head_kv * config.head_dim_v,
+        "att": config.n_head * config.head_dim_v,
+        "f": config.n_embd,
+        "gate": config.n_ff,
+        "up": config.n_ff,
+        "h": config.n_ff,
+        "y": config.n_embd,
+        "logits": config.n_vocab,
+    }
+    if plan:
+        widths |= {"picked": config.n_ff, "scores": config.n_ff} | {f"r{rank}": rank for rank in ranks}
+    return widths

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -19,14 +19,14 @@ _FLOATS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
 def add_down_t(
-    tensors: Tensors, n_layer: int, n_threads: int, progress: Callable[[str], None] | None = None
+    tensors: Tensors, layers: Iterable[int], n_threads: int, progress: Callable[[str], None] | None = None
 ) -> None:
-    """Add `blk.N.ffn_down_t.weight` [n_embd, n_ff] of every layer: float types as they are, quantised ones as Q8_0.
+    """Add `blk.N.ffn_down_t.weight` [n_embd, n_ff] of the layers: float types as they are, quantised ones as Q8_0.
 
     F16 stands in for Q8_0 where n_embd is no multiple of its blocks. UnsupportedError names a tensor whose type no
     kernel computes.
     """
-    names = [f"blk.{layer}.ffn_down" for layer in range(n_layer)]
+    names = [f"blk.{layer}.ffn_down" for layer in layers]
     kinds = {_kind(tensors, f"{name}.weight") for name in names} - set(_FLOATS)
     kernels = jit.load(["walk", *(f"transpose:{kind}" for kind in sorted(kinds))], progress=progress) if kinds else {}
     for name in names:

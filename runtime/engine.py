@@ -73,7 +73,7 @@ class Engine:
             self.plan = plan(wanted, self.config, self.section)
             self._tensors = Tensors(self.file, *([self.section.image] if self.section else []))
             if self.plan and not self.plan.dense_from_t:
-                add_down_t(self._tensors, self.config.n_layer, self.n_threads, progress)
+                add_down_t(self._tensors, range(self.config.n_layer), self.n_threads, progress)
             self._cache = KVCache(self.config, self.n_ctx + KV_BLOCK)
             self._executor = CPUExecutor(
                 build(self.config, self.plan, self._ranks()),

@@ -1,7 +1,8 @@
 """The model as a graph: nodes that read and write named values, in an order that a single thread could run.
 
-A value is an array with one row a token (`x` [n_tok, n_embd], ...), or the KV cache of a layer (`kv.3`). A node's
-`unit` says where it runs; an executor lowers the nodes of its unit.
+A value is an array with one row a token (`x` [n_tok, n_embd], ...), or the KV cache of a layer (`kv.3`). Values on the
+GPU begin with `gpu.`. Values whose names differ only after a colon (`h:1024`) share their memory: they are one value of
+several widths. A node's `unit` says where it runs; an executor lowers the nodes of its unit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ class Node:
     """One operation.
 
     op: embed, norm, matmul, rope, attention, activate or pack; of a sparse FFN also select (write the list of active
-    neurons), rows (a matmul of the listed rows) and down (add the listed rows, times h). reads, writes: names of
+    neurons), rows (a matmul of the listed rows) and down (add the listed rows, times h). On the GPU an FFN is ffn
+    (gate, rule and up in one, `up` being the second weight), down (into parts) and merge (base + parts); send and fetch
+    copy a value to and from the GPU. reads, writes: names of
     values; a node that adds to a value reads and writes it. weight, bias: tensor names. layer: index of the block, -1
     outside. rows: "tokens", or "outputs" where only the positions whose logits are wanted take part. branch: of a
     sparse FFN, the steps that the node belongs to: "sparse", "dense", or "" for all. function: of an
@@ -26,6 +29,7 @@ class Node:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     weight: str = ""
+    up: str = ""
     bias: str = ""
     layer: int = -1
     rows: str = "tokens"
@@ -51,3 +55,8 @@ class Graph:
 
     def add(self, node: Node) -> None:
         self.nodes.append(node)
+
+
+def memory_of(value: str) -> str:
+    """The name under which a value's memory is kept: without its width."""
+    return value.partition(":")[0]

@@ -27,6 +27,10 @@ class Tensors:
         """Add a tensor that is in no file: shape in ggml order, data uint8 (bytes,)."""
         self._made[name] = _Made(TensorInfo(name, shape, kind, 0, data.nbytes), data)
 
+    def drop(self, name: str) -> None:
+        """Forget an added tensor."""
+        del self._made[name]
+
     def __contains__(self, name: str) -> bool:
         return name in self._made or any(name in file.tensors for file in self.files)
 
@@ -41,6 +45,12 @@ class Tensors:
     def data(self, name: str) -> np.ndarray:
         """The bytes, uint8; read-only if mapped."""
         return self._made[name].data if name in self._made else self._file(name).data(name)
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Copies of some rows, uint8 [len(ids), bytes of a row]; of a vector, of some elements."""
+        info = self.info(name)
+        n_rows = info.n_rows if len(info.shape) > 1 else info.shape[0]
+        return self.data(name).reshape(n_rows, -1)[ids]
 
     def dequantized(self, name: str) -> np.ndarray:
         """A float32 copy in NumPy order; not for tensors made at load."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..graph import Node
+from ..graph import Node, memory_of
 from ..memory import ALIGNMENT as CACHE_LINE
 from ..memory import aligned
 from . import jit
@@ -51,14 +51,20 @@ class Assembly:
         self, kernel: str, layout: Any, node: Node, reads: tuple[str, ...], writes: tuple[str, ...], **fields: Any
     ) -> None:
         """Append an op, after a barrier if it touches what ops since the last one wrote, or writes what they read."""
-        if self.dirty & {*reads, *writes} or self.busy & set(writes):
-            self.barriers[-1] = True
-            self.dirty.clear()
-            self.busy.clear()
-        self.dirty.update(writes)
-        self.busy.update(reads)
+        touched, changed = {memory_of(name) for name in reads}, {memory_of(name) for name in writes}
+        if self.dirty & (touched | changed) or self.busy & changed:
+            self.barrier()
+        self.dirty.update(changed)
+        self.busy.update(touched)
         self.ops.append((kernel, fields, layout, node))
         self.barriers.append(False)
+
+    def barrier(self) -> None:
+        """Whatever comes next begins when all ops so far are done."""
+        if self.barriers:
+            self.barriers[-1] = True
+        self.dirty.clear()
+        self.busy.clear()
 
     def tape(self, activations: list[int], progress: jit.Progress | None) -> tuple[Tape, int]:
         """The tape, and the walker's address."""

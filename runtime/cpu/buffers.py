@@ -6,7 +6,7 @@ import numpy as np
 
 from ...formats.config import ModelConfig
 from ...formats.errors import UnsupportedError
-from ..graph import Graph
+from ..graph import Graph, memory_of
 from ..memory import aligned
 from ..tensors import Tensors
 from .layout import KV_BLOCK, PANEL_ROWS, TILE_MIN, Choice, packed_bytes, panel_bytes
@@ -22,18 +22,23 @@ PANEL_CACHE = 512 << 10  # bytes of unpacked weights that a thread keeps at hand
 class Buffers:
     """Buffers by name, made when first asked for.
 
-    kinds: of each value, the types of the weights that it meets. sizes: the most "tokens" and "outputs" of one step.
+    kinds: by memory, the types of the weights that it meets; widths: the most that is kept there. sizes: the most
+    "tokens" and "outputs" of one step.
     """
 
     def __init__(
         self, graph: Graph, tensors: Tensors, config: ModelConfig, n_threads: int, sizes: dict[str, int]
     ) -> None:
-        self.graph, self.tensors, self.config, self.sizes = graph, tensors, config, sizes
+        self.nodes = [node for node in graph.nodes if node.unit == "cpu"]
+        self.tensors, self.config, self.sizes = tensors, config, sizes
         self.arrays: dict[str, np.ndarray] = {}
+        self.widths: dict[str, int] = {}
+        for value, width in graph.widths.items():
+            self.widths[memory_of(value)] = max(width, self.widths.get(memory_of(value), 0))
         self.kinds: dict[str, set[str]] = {}
-        for node in graph.nodes:
+        for node in self.nodes:
             if node.op in MATMULS:
-                self.kinds.setdefault(node.reads[0], set()).add(self.kind(node.weight))
+                self.kinds.setdefault(memory_of(node.reads[0]), set()).add(self.kind(node.weight))
         self.scratch_bytes = self._scratch()
         self.arrays["scratch"] = aligned(n_threads * self.scratch_bytes)
 
@@ -49,18 +54,20 @@ class Buffers:
 
     def floats(self, value: str) -> int:
         """Address of a float32 value [tokens, width]."""
+        value = memory_of(value)
         if value not in self.arrays:
             n_rows = {"logits": self.sizes["outputs"], "picked": TILE_MIN}.get(value, self.sizes["tokens"])
-            self.arrays[value] = aligned(n_rows * self.graph.widths[value] * 4)
+            self.arrays[value] = aligned(n_rows * self.widths[value] * 4)
         return self.arrays[value].ctypes.data
 
     def packed(self, value: str) -> dict[str, int]:
         """Addresses of a packed value's arrays, and which of them its readers need."""
+        value = memory_of(value)
         kinds = self.kinds.get(value, set())
         out = {"quantised": int(any(k not in FLOATS for k in kinds)), "floats": int(any(k in FLOATS for k in kinds))}
         for want, quantised in (("quantised", True), ("floats", False)):
             if out[want]:
-                for name, nbytes in packed_bytes(self.graph.widths[value], self.sizes["tokens"], quantised).items():
+                for name, nbytes in packed_bytes(self.widths[value], self.sizes["tokens"], quantised).items():
                     key = f"{value}.{name}"
                     if key not in self.arrays:
                         self.arrays[key] = aligned(nbytes, zero=True)
@@ -102,8 +109,8 @@ class Buffers:
 
     def _scratch(self) -> int:
         """Scratch bytes a thread: the largest of what any op needs."""
-        c, need = self.config, max(self.graph.widths.values()) * 4
-        for node in self.graph.nodes:
+        c, need = self.config, max(self.widths.values()) * 4
+        for node in self.nodes:
             if node.op in ("matmul", "matmul_t"):
                 info = self.tensors.info(node.weight)
                 k, group = info.shape[0], GROUPS[self.kind(node.weight)]

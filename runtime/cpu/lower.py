@@ -56,7 +56,8 @@ class _Lowering:
         self.assembly = Assembly(self.buffers)
         self.emit = self.assembly.emit
         self.activations: list[int] = []
-        self.prepacked = {name for node in graph.nodes if node.op in ("norm", "activate") for name in node.writes}
+        nodes = self.buffers.nodes
+        self.prepacked = {name for node in nodes if node.op in ("norm", "activate") for name in node.writes}
         lowerings: dict[str, Callable[[Node], None]] = {
             "embed": self.embed,
             "norm": self.norm,
@@ -70,7 +71,10 @@ class _Lowering:
             "down": self.down,
         }
         for node in graph.nodes:
-            lowerings[node.op](node)
+            if node.unit == "cpu":
+                lowerings[node.op](node)
+            else:
+                self.assembly.barrier()  # the threads stop here, until what the GPU does in between is done
 
     def count(self, node: Node) -> int:
         return Step.n_out if node.rows == "outputs" else Step.n_tok
