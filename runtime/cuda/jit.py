@@ -16,7 +16,14 @@ from typing import Any
 
 WARP = 32
 # Kernel family -> the module here that builds it. A module lists the variants of its families in VARIANTS.
-FAMILIES = {"norm": "norm"}
+FAMILIES = {
+    "norm": "norm",
+    "rope": "rope",
+    "attention": "attention",
+    "attention_merge": "attention",
+    "argmax": "sample",
+    "topk": "sample",
+}
 
 
 @dataclass(frozen=True)
