@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from .jit import simulated
+from .jit import WARP, simulated
 
 FULL = 0xFFFFFFFF
 
 
-def over_lanes(lanes: int, threads: int) -> Any:
-    """A device function `total(v)`: the float32 sum over each group of `lanes` neighbouring threads, in all of them.
+def over_lanes(lanes: int, threads: int, largest: bool = False) -> Any:
+    """A device function `total(v)`: the float32 sum (or maximum) over each group of `lanes` neighbouring threads.
 
-    Every thread of the block must call it. lanes: a power of two, up to a warp; threads: of the block.
+    All of them get it; every thread of the block must call it. lanes: a power of two, up to a warp; threads: of the
+    block.
     """
     if lanes == 1:
         return cuda.jit(device=True)(_same)
@@ -25,7 +26,8 @@ def over_lanes(lanes: int, threads: int) -> Any:
         def shuffled(v):  # type: ignore[no-untyped-def]
             step = half
             while step > 0:
-                v += cuda.shfl_xor_sync(FULL, v, step)
+                other = cuda.shfl_xor_sync(FULL, v, step)
+                v = max(v, other) if largest else v + other
                 step //= 2
             return v
 
@@ -38,9 +40,9 @@ def over_lanes(lanes: int, threads: int) -> Any:
         values[me] = v
         cuda.syncthreads()
         first = me - me % lanes
-        total = np.float32(0.0)
-        for i in range(lanes):
-            total += values[first + i]
+        total = values[first]
+        for i in range(1, lanes):
+            total = max(total, values[first + i]) if largest else total + values[first + i]
         return total
 
     return cuda.jit(device=True)(shared)
@@ -55,23 +57,45 @@ def over_block(threads: int, largest: bool = False) -> Any:
 
     Every thread must call it. threads: of the block, a power of two; the order of the sum is fixed.
     """
+    lanes = min(threads, WARP)
+    groups = threads // lanes
+    row = over_lanes(lanes, threads, largest)
+    if groups == 1:
+        return row
 
     def combined(v):  # type: ignore[no-untyped-def]
-        values = cuda.shared.array(threads, np.float32)
+        values = cuda.shared.array(groups, np.float32)
         me = cuda.threadIdx.x
+        v = row(v)
+        cuda.syncthreads()  # whoever still reads what an earlier call left
+        if me % lanes == 0:
+            values[me // lanes] = v
         cuda.syncthreads()
-        values[me] = v
-        cuda.syncthreads()
-        step = threads // 2
-        while step > 0:
-            if me < step:
-                if largest:
-                    values[me] = max(values[me], values[me + step])
-                else:
-                    values[me] += values[me + step]
-            cuda.syncthreads()
-            step //= 2
-        return values[0]
+        total = values[0]
+        for i in range(1, groups):
+            total = max(total, values[i]) if largest else total + values[i]
+        return total
 
     return cuda.jit(device=True)(combined)
 
+
+def wait_lanes(lanes: int) -> Any:
+    """A device function `wait()`: what a row's threads wrote to shared memory, its others may read.
+
+    In the simulator with lanes > 1, every thread of the block must call it.
+    """
+    if lanes == 1:
+        return cuda.jit(device=True)(_nothing)
+    return cuda.jit(device=True)(_wait_block if simulated() else _wait_warp)
+
+
+def _nothing():  # type: ignore[no-untyped-def]
+    pass
+
+
+def _wait_block():  # type: ignore[no-untyped-def]
+    cuda.syncthreads()
+
+
+def _wait_warp():  # type: ignore[no-untyped-def]
+    cuda.syncwarp()
