@@ -3,14 +3,15 @@
 A row is cut into *runs* of 8 neighbouring weights, one a thread at a time; k / 8 runs a row, nothing between rows. Each
 array holds one field of the runs (or of the groups of weights that share a scale), in the order of rows and runs:
 
-  codes   a uint32 a run of 4-bit codes: byte b holds weight b below and weight 4 + b above; Q8_0 has two (8 signed
-          bytes), Q2_K and Q3_K a uint16 (2-bit codes), floats their plain bytes in order (as uint32, four or eight)
-  high    what codes of 5, 6 and 3 bits have beyond those: a uint8, uint16, uint8 a run
+  codes   of 4 bits: a uint32 a run, weight b from bit 4 b on; of 5 and 6: a uint32 of their low nibbles, byte b for
+          weight b below and 4 + b above; of 8: two uint32, a signed byte a weight; of 2 and 3: a uint16 (_spread);
+          floats: their bytes in order, as uint32
+  high    what codes of 5, 6 and 3 bits have beyond those: a uint8 (_ones), uint16 (_spread), uint8 a run
   sub     of K-quants: a group's 6-bit scale and minimum expanded to bytes (uint16: scale below), or a signed scale
-  scale   a float16 a block; a uint32 of two float16 where there is a minimum too (scale below)
+  scale   a float16 a block, as uint16; a uint32 of two float16 where there is a minimum too (scale below)
 
 Bytes a weight are GGUF's, except for the expanded scales of Q3_K, Q4_K and Q5_K (4 bytes more in 256 weights). Rows of
-plain floats are filled up with zeros to whole runs. Which bit belongs to which weight: `_spread` and `_ones`.
+plain floats are filled up with zeros to whole runs.
 """
 
 from __future__ import annotations
@@ -78,10 +79,16 @@ def _padded(packing: Packing, kind: str, k: int) -> int:
     return -(-k // RUN) * RUN
 
 
+def _words(codes: Bytes) -> Bytes:
+    """Runs of 8 codes below 16, uint8 [..., 8], as the 4 bytes of a word: code b from bit 4 b on."""
+    out: Bytes = codes[..., ::2] | codes[..., 1::2] << 4
+    return out
+
+
 def _nibbles(codes: Bytes) -> Bytes:
-    """Runs of 8 codes below 16, uint8 [..., 8], as 4 bytes: byte b holds code b below and code 4 + b above."""
-    low: Bytes = (codes[..., :4] & 15) | (codes[..., 4:] & 15) << 4
-    return low
+    """The low 4 bits of runs of 8 codes, uint8 [..., 8], as 4 bytes: byte b holds code b below and code 4 + b above."""
+    out: Bytes = (codes[..., :4] & 15) | codes[..., 4:] << 4
+    return out
 
 
 def _spread(codes: Bytes) -> NDArray[np.uint16]:
@@ -124,11 +131,11 @@ def _float(data: Bytes) -> Arrays:
 
 
 def _q4_0(data: Bytes) -> Arrays:
-    return _nibbles(_runs(_halves(data[:, 2:]))), data[:, :2]
+    return _words(_runs(_halves(data[:, 2:]))), data[:, :2]
 
 
 def _q4_1(data: Bytes) -> Arrays:
-    return _nibbles(_runs(_halves(data[:, 4:]))), data[:, :4]
+    return _words(_runs(_halves(data[:, 4:]))), data[:, :4]
 
 
 def _q5_0(data: Bytes) -> Arrays:
@@ -157,7 +164,7 @@ def _k_nibbles(qs: Bytes) -> Bytes:
 
 
 def _q4_k(data: Bytes) -> Arrays:
-    return _nibbles(_runs(_k_nibbles(data[:, 16:]))), _six_bit(data[:, 4:16]), data[:, :4]
+    return _words(_runs(_k_nibbles(data[:, 16:]))), _six_bit(data[:, 4:16]), data[:, :4]
 
 
 def _q5_k(data: Bytes) -> Arrays:
@@ -193,7 +200,7 @@ _CODES = (np.uint32, 8)
 _SMALL = (np.uint16, 8)
 _HIGH = (np.uint8, 8)
 _PAIRS = (np.uint32, 32)
-_SCALE = (np.float16, 32)
+_SCALE = (np.uint16, 32)
 PACKINGS = {
     "F32": Packing(1, 4, ((np.uint32, 1),), _float),
     "F16": Packing(1, 2, ((np.uint32, 2),), _float),
@@ -204,9 +211,9 @@ PACKINGS = {
     "Q5_1": Packing(32, 24, (_CODES, _HIGH, _PAIRS), _q5_1),
     "Q8_0": Packing(32, 34, ((np.uint32, 4), _SCALE), _q8_0),
     "Q2_K": Packing(256, 84, (_SMALL, (np.uint8, 16), (np.uint32, 256)), _q2_k),
-    "Q3_K": Packing(256, 110, (_SMALL, _HIGH, (np.int8, 16), (np.float16, 256)), _q3_k),
+    "Q3_K": Packing(256, 110, (_SMALL, _HIGH, (np.int8, 16), (np.uint16, 256)), _q3_k),
     "Q4_K": Packing(256, 144, (_CODES, (np.uint16, 32), (np.uint32, 256)), _q4_k),
     "Q5_K": Packing(256, 176, (_CODES, _HIGH, (np.uint16, 32), (np.uint32, 256)), _q5_k),
-    "Q6_K": Packing(256, 210, (_CODES, _SMALL, (np.int8, 16), (np.float16, 256)), _q6_k),
+    "Q6_K": Packing(256, 210, (_CODES, _SMALL, (np.int8, 16), (np.uint16, 256)), _q6_k),
 }
 KINDS = tuple(PACKINGS)

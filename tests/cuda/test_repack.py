@@ -29,7 +29,8 @@ def unpack(kind: str, arrays: tuple[np.ndarray, ...], n_rows: int) -> np.ndarray
     elif kind in ("Q2_K", "Q3_K"):
         codes = np.stack([first >> at & 3 for at in TWO], axis=-1)
     else:
-        codes = np.stack([first >> at & 15 for at in (0, 8, 16, 24, 4, 12, 20, 28)], axis=-1)
+        places = range(0, 32, 4) if kind in ("Q4_0", "Q4_1", "Q4_K") else (0, 8, 16, 24, 4, 12, 20, 28)
+        codes = np.stack([first >> at & 15 for at in places], axis=-1)
     if kind in ("Q5_0", "Q5_1", "Q5_K", "Q3_K"):
         codes = codes | np.stack([arrays[1] >> at & 1 for at in ONE], axis=-1).astype(np.uint32) << (
             2 if kind == "Q3_K" else 4
