@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..formats.config import ModelConfig
 from .graph import Graph, Node
-from .sparsity import Plan
+from .sparsity import Plan, everything
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def build(
     Values: x (residual), a (normed), q k v att, f (normed), gate up h, y (normed output rows), logits; of a sparse FFN
     also r and scores (a predictor's), picked (gates or scores of the listed neurons), active.N (the list). On the GPU
     likewise, and parts (sums of the hot neurons), base (x with the cold ones added). ranks: of the predictors, by
-    layer. A layer with both hot and cold neurons needs a plan.
+    layer. Of a dense model's split layers, the CPU lists all cold neurons.
     """
     return _Decoder(config, plan, ranks, split).graph
 
@@ -40,7 +40,7 @@ class _Decoder:
     def __init__(self, config: ModelConfig, plan: Plan | None, ranks: tuple[int, ...], split: Split | None) -> None:
         self.config, self.plan, self.ranks = config, plan, ranks
         self.split = split or Split((False,) * config.n_layer, (0,) * config.n_layer, False)
-        self.graph = Graph(widths=_widths(config, plan, ranks))
+        self.graph = Graph(widths=_widths(config, ranks))
         if split:
             on_gpu = {f"gpu.{value}": width for value, width in self.graph.widths.items()}
             self.graph.widths |= on_gpu | {"gpu.base": config.n_embd, "gpu.parts": config.n_embd}
@@ -96,11 +96,12 @@ class _Decoder:
         if n_hot:
             self._need("gpu")
             self._hot_ffn(layer, n_hot, whole=n_cold == 0)
-        if n_cold and self.plan is None:
-            assert n_hot == 0
-            self._dense_ffn(layer)
+        if n_cold and n_hot:
+            self._sparse_ffn(layer, self.plan or everything(self.config), n_cold)
+        elif n_cold and self.plan:
+            self._sparse_ffn(layer, self.plan, 0)
         elif n_cold:
-            self._sparse_ffn(layer, self.plan, n_cold if n_hot else 0)  # type: ignore[arg-type]
+            self._dense_ffn(layer)
         self.current = {"gpu" if n_hot else "cpu"}
         if n_hot and n_cold:
             self._copy("send", "x", "gpu.base")
@@ -122,8 +123,7 @@ class _Decoder:
         active, threshold, function = f"active.{layer}", plan.thresholds[layer], self.config.activation
         width = f":{n_cold}" if n_cold else ""
         gate, up, h, scores, picked = (f"{value}{width}" for value in ("gate", "up", "h", "scores", "picked"))
-        if n_cold:
-            self.graph.widths |= dict.fromkeys((gate, up, h, scores, picked), n_cold)
+        self.graph.widths |= dict.fromkeys((gate, up, h, scores, picked), n_cold or self.config.n_ff)
         rule: dict[str, str | float] = {"threshold": threshold}
 
         def weight(name: str) -> str:
@@ -185,7 +185,7 @@ class _Decoder:
         up = weight("ffn_up.weight")
         gate = weight("ffn_gate.weight")
         self._add("ffn", reads, h, gate, unit="gpu", layer=layer, up=up, function=function, **rule)
-        if plan is None:
+        if plan is None and whole:
             self._add("matmul", f"{h} x", "x", f"blk.{layer}.ffn_down.weight", unit="gpu", layer=layer)
             return
         self._add("down", h, "parts", weight("ffn_down_t.weight"), unit="gpu", layer=layer)
@@ -201,7 +201,7 @@ class _Decoder:
             self._copy("fetch", "gpu.logits", "logits", rows="outputs")
 
 
-def _widths(config: ModelConfig, plan: Plan | None, ranks: tuple[int, ...]) -> dict[str, int]:
+def _widths(config: ModelConfig, ranks: tuple[int, ...]) -> dict[str, int]:
     widths = {
         "x": config.n_embd,
         "a": config.n_embd,
@@ -216,6 +216,4 @@ def _widths(config: ModelConfig, plan: Plan | None, ranks: tuple[int, ...]) -> d
         "y": config.n_embd,
         "logits": config.n_vocab,
     }
-    if plan:
-        widths |= {"picked": config.n_ff, "scores": config.n_ff} | {f"r{rank}": rank for rank in ranks}
-    return widths
+    return widths | {f"r{rank}": rank for rank in ranks}

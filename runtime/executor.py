@@ -15,18 +15,22 @@ from .cpu.lower import lower
 from .cpu.threads import ThreadPool
 from .graph import Graph
 from .kv_cache import KVCache, Sequence
+from .memory import aligned
 from .rope_table import RopeTable
 from .tensors import Tensors
 
 # Called with a layer's number, the residual before its FFN's norm [n_tok, n_embd], and the raw gate and up projections
 # [n_tok, n_ff], all float32 and valid only during the call.
 Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+# Sequences, and the tokens (int32) that each shall be given.
+Batch = Seq[tuple[Sequence, np.ndarray]]
 
 
 class CPUExecutor:
     """Lowers a graph once and runs it for any batch of up to max_tokens tokens, max_outputs of them with logits.
 
-    tape: what it walks; steps: how often it has.
+    tape: what it walks; steps: how often it has. tokens: the step's ids, positions, slots and out_rows, int32
+    [4, max_tokens].
     """
 
     def __init__(
@@ -42,34 +46,43 @@ class CPUExecutor:
         progress: Progress | None = None,
     ) -> None:
         factors = tensors.dequantized("rope_freqs.weight") if "rope_freqs.weight" in tensors else None
-        self._rope = RopeTable(config, n_ctx, factors)
+        self.rope = RopeTable(config, n_ctx, factors)
         sizes = {"tokens": max_tokens, "outputs": max_outputs}
-        table = self._rope.table.ctypes.data
+        table = self.rope.table.ctypes.data
         self.tape, walker = lower(graph, tensors, config, cache, table, n_threads, sizes, progress)
         self._pool = ThreadPool(walker, n_threads)
         # also when this object is dropped or the interpreter ends: no thread may outlive the buffers
         self._end_threads = weakref.finalize(self, self._pool.close)
         self.steps = 0
         self._n_embd, self._n_ff = config.n_embd, config.n_ff
-        self._tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
+        self.tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
         self._tiles = np.zeros((max_tokens, 3), np.int32)
         self._tables = np.zeros(max_tokens, np.int64)
         self._step = np.zeros(len(Step), np.int64)
-        for name, array in zip(("ids", "positions", "slots", "out_rows"), self._tokens, strict=True):
+        for name, array in zip(("ids", "positions", "slots", "out_rows"), self.tokens, strict=True):
             self._step[getattr(Step, name) // 8] = array.ctypes.data
         self._step[Step.tiles // 8] = self._tiles.ctypes.data
         self._step[Step.tables // 8] = self._tables.ctypes.data
+        if "logits" not in self.tape.buffers:  # they come from the GPU
+            self.tape.buffers["logits"] = aligned(max_outputs * config.n_vocab * 4)
         self._logits = self.tape.buffers["logits"].view(np.float32).reshape(-1, config.n_vocab)
 
-    def run(
-        self, batch: Seq[tuple[Sequence, np.ndarray]], outputs: np.ndarray, see: Observer | None = None
-    ) -> np.ndarray:
+    def run(self, batch: Batch, outputs: np.ndarray, see: Observer | None = None) -> np.ndarray:
         """One step: append each sequence's tokens (int32) and return the logits of the rows `outputs`.
 
         Rows number the batch's tokens in order. Returns float32 [len(outputs), n_vocab], a view that the next run
         overwrites. The sequences must have reserved their room. see: called in the midst of each layer (Observer).
         """
-        ids, positions, slots, out_rows = self._tokens
+        n_tok = self.begin(batch, outputs)
+        if see is None:
+            self.walk(0, len(self.tape.rows))
+        else:
+            self._walk_by_layer(n_tok, see)
+        return self.end(batch, outputs)
+
+    def begin(self, batch: Batch, outputs: np.ndarray) -> int:
+        """Tell the kernels of a step; returns its tokens."""
+        ids, positions, slots, out_rows = self.tokens
         row = n_tiles = 0
         for index, (sequence, tokens) in enumerate(batch):
             first, n = len(sequence), len(tokens)
@@ -77,7 +90,7 @@ class CPUExecutor:
             positions[row : row + n] = np.arange(first, first + n)
             slots[row : row + n] = sequence.slots(first, n)
             self._tables[index] = sequence.table.ctypes.data
-            self._rope.upto(first + n)
+            self.rope.upto(first + n)
             for start in range(0, n, QUERY_TILE):
                 self._tiles[n_tiles] = row + start, min(QUERY_TILE, n - start), index
                 n_tiles += 1
@@ -86,15 +99,16 @@ class CPUExecutor:
         self.steps += 1
         step = self._step
         step[Step.n_tok // 8], step[Step.n_out // 8], step[Step.n_tiles // 8] = row, len(outputs), n_tiles
-        if see is None:
-            self._walk(0, len(self.tape.rows))
-        else:
-            self._walk_by_layer(row, see)
+        return row
+
+    def end(self, batch: Batch, outputs: np.ndarray) -> np.ndarray:
+        """Note that the step's tokens are in their sequences; its logits."""
         for sequence, tokens in batch:
             sequence.tokens.extend(tokens.tolist())
         return self._logits[: len(outputs)]
 
-    def _walk(self, first: int, end: int) -> None:
+    def walk(self, first: int, end: int) -> None:
+        """Run some rows of the tape; a step walks all of them once, in order."""
         rows = self.tape.rows
         self._pool.run(rows[first:].ctypes.data, end - first, self._step.ctypes.data)
 
@@ -106,7 +120,7 @@ class CPUExecutor:
         begin, layer = 0, 0
         try:
             for layer, end in enumerate(ends):
-                self._walk(begin, end)
+                self.walk(begin, end)
                 begin = end
                 if end < len(self.tape.rows):
                     x, gate, up = (
@@ -116,7 +130,7 @@ class CPUExecutor:
         except BaseException:
             for end in ends[layer:]:  # all rows must have been walked equally often
                 if begin < end:
-                    self._walk(begin, end)
+                    self.walk(begin, end)
                     begin = end
             raise
 

@@ -118,7 +118,7 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
     from_section = section is not None and section.has_down_t()
     if wanted.kind == "dense":
         same = from_section and zeros
-        return Plan(wanted, (0.0,) * config.n_layer, config.n_ff, dense_from_t=True) if same else None
+        return everything(config) if same else None
     limit = config.n_ff if from_section else int(CROSSOVER * config.n_ff)
     exact = (_SMALLEST if zeros else 0.0,) * config.n_layer
     if wanted.kind == "exact":
@@ -136,6 +136,11 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
             "sparsity: got predict, but the model has no predictors; `hotcold train-predictor` makes them"
         )
     return Plan(wanted, exact, limit, predictors.kind, predictors.input, from_section)
+
+
+def everything(config: ModelConfig) -> Plan:
+    """The plan that lists every neuron: dense, computed by neurons."""
+    return Plan(Sparsity("dense"), (0.0,) * config.n_layer, config.n_ff, dense_from_t=True)
 
 
 def _thresholds(density: float, section: Section | None) -> tuple[float, ...]:

@@ -46,14 +46,10 @@ class Tensors:
         """The bytes, uint8; read-only if mapped."""
         return self._made[name].data if name in self._made else self._file(name).data(name)
 
-    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Copies of some rows, uint8 [len(ids), bytes of a row]; of a vector, of some elements."""
-        info = self.info(name)
-        n_rows = info.n_rows if len(info.shape) > 1 else info.shape[0]
-        return self.data(name).reshape(n_rows, -1)[ids]
-
     def dequantized(self, name: str) -> np.ndarray:
-        """A float32 copy in NumPy order; not for tensors made at load."""
+        """A float32 copy in NumPy order; of tensors made at load, only plain float32 ones."""
+        if name in self._made:
+            return self._made[name].data.view(np.float32)
         return self._file(name).dequantized(name)
 
     def source(self, name: str) -> str:

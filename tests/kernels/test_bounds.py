@@ -75,7 +75,7 @@ def touch_listed(level: str, kind: str, k: int) -> None:
     run(level, pack_op(x, fields), Op(f"matmul_t:{kind}", MatMul, product), n_tok=9)
     tensors = Tensors()
     tensors.add("blk.0.ffn_down.weight", (k, n), GGMLType[kind], w.array.reshape(-1))
-    add_down_t(tensors, 1, 1)
+    add_down_t(tensors, [0], 1)
 
 
 def touch_selections(level: str) -> None:

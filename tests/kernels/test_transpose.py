@@ -34,7 +34,7 @@ def transposed(kinds: list[str], layers: list[Array], k: int, n_threads: int = 1
     tensors = Tensors()
     for layer, (kind, raw) in enumerate(zip(kinds, layers, strict=True)):
         tensors.add(f"{NAME.format(layer)}.weight", (k, len(raw)), GGMLType[kind], raw.reshape(-1))
-    add_down_t(tensors, len(layers), n_threads)
+    add_down_t(tensors, range(len(layers)), n_threads)
     found = []
     for layer, raw in enumerate(layers):
         name = f"{NAME.format(layer)}_t.weight"
@@ -118,7 +118,7 @@ def test_outputs_that_are_no_whole_blocks(tmp_path: Path) -> None:
     down = {f"{NAME.format(layer)}.weight": "Q4_0" for layer in range(2)}
     with GGUFFile(make_tiny_model(tmp_path / "m.gguf", n_embd=40, types=down)) as file:
         tensors = Tensors(file)
-        add_down_t(tensors, 2, 1)
+        add_down_t(tensors, range(2), 1)
         for layer in range(2):
             name = f"{NAME.format(layer)}_t.weight"
             assert (tensors.info(name).type, tensors.info(name).shape) == (GGMLType.F16, (40, 96))
@@ -131,4 +131,4 @@ def test_a_type_without_kernels_is_named(tmp_path: Path) -> None:
         tensors = Tensors(file)
         tensors.add("blk.0.ffn_down.weight", (96, 64), GGMLType.IQ4_NL, np.zeros(64 * 54, np.uint8))
         with pytest.raises(UnsupportedError, match="tensor blk.0.ffn_down.weight has type IQ4_NL, which hotcold does"):
-            add_down_t(tensors, 1, 1)
+            add_down_t(tensors, [0], 1)
