@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,16 +16,24 @@ from ..formats.gguf import GGUFFile
 from ..formats.section import Section, find_section
 from .cpu.layout import KV_BLOCK
 from .cpu.threads import default_threads
-from .decoder import build
+from .decoder import Split, build
 from .down_t import add_down_t
 from .executor import CPUExecutor, Observer
+from .graph import Graph
+from .hot_cold import add_cold, check_placement
+from .hybrid import HybridExecutor
 from .kv_cache import KVCache, Sequence
 from .memory import available_bytes, total_bytes
 from .parts import parts
 from .sampler import check_int
+from .schedule import schedule
 from .sparsity import Sparsity, plan
 from .tensors import Tensors
 from .usage import Usage, usage
+
+if TYPE_CHECKING:
+    from ..formats.section import Placement
+    from .trace import Trace
 
 MAX_CONTEXT = 2**30  # positions and cache slots are 32-bit integers
 MAX_THREADS = 1024
@@ -39,7 +48,8 @@ class Engine:
     model: a path or an open GGUFFile (which the engine then owns). n_ctx: tokens a sequence may hold; default the
     model's own, less where memory is short. n_threads: default, the cores of this process. sparsity: auto, dense,
     exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
-    the model's section. progress: called with a line while kernels compile. Not thread-safe: one call at a time.
+    the model's section. placement: what runs on the GPU; without one, all runs on the CPU. trace: notes what ran when.
+    progress: called with a line while kernels compile. Not thread-safe: one call at a time.
     """
 
     def __init__(
@@ -50,6 +60,8 @@ class Engine:
         n_threads: int | None = None,
         sparsity: str = "auto",
         use_section: bool = True,
+        placement: Placement | None = None,
+        trace: Trace | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         if n_threads is not None:
@@ -72,26 +84,59 @@ class Engine:
                 self.section = find_section(self.file, self.config)
             self.plan = plan(wanted, self.config, self.section)
             self._tensors = Tensors(self.file, *([self.section.image] if self.section else []))
-            if self.plan and not self.plan.dense_from_t:
-                add_down_t(self._tensors, range(self.config.n_layer), self.n_threads, progress)
             self._cache = KVCache(self.config, self.n_ctx + KV_BLOCK)
-            self._executor = CPUExecutor(
-                build(self.config, self.plan, self._ranks()),
-                self._tensors,
-                self.config,
-                self._cache,
-                self.n_ctx,
-                self.n_threads,
-                MICRO_BATCH,
-                MAX_OUTPUTS,
-                progress,
-            )
+            self._executor = self._cpu(progress) if placement is None else self._hybrid(placement, trace, progress)
         except BaseException as error:
             self._close_files()
             self.closed = True
             if isinstance(error, MemoryError):
                 raise ParameterError(f"n_ctx: got {self.n_ctx}, wanted less: out of memory ({error})") from error
             raise
+
+    def _cpu(self, progress: Callable[[str], None] | None) -> CPUExecutor:
+        if self.plan and not self.plan.dense_from_t:
+            add_down_t(self._tensors, range(self.config.n_layer), self.n_threads, progress)
+        return self._lower(build(self.config, self.plan, self._ranks()), progress)
+
+    def _hybrid(
+        self, placement: Placement, trace: Trace | None, progress: Callable[[str], None] | None
+    ) -> HybridExecutor:
+        from .cuda.load import load  # Numba's CUDA half, which a run without a GPU does not import
+
+        c, n_hot = self.config, tuple(map(len, placement.hot))
+        check_placement(placement, c)
+        whole, from_t = (0, c.n_ff), self.plan is not None and self.plan.dense_from_t
+        wanted = [layer for layer in range(c.n_layer) if self.plan or n_hot[layer] not in whole]
+        if not from_t:
+            add_down_t(self._tensors, wanted, self.n_threads, progress)
+        add_cold(self._tensors, c, placement.hot)
+        graph = build(c, self.plan, self._ranks(), Split(placement.attention, n_hot, placement.head))
+        cpu = self._lower(graph, progress)
+        sizes = {"tokens": MICRO_BATCH, "outputs": MAX_OUTPUTS}
+        try:
+            segments = schedule(graph)
+            gpu = load(segments, graph, self._tensors, c, cpu, placement, self._cache.n_blocks, self.n_ctx, sizes, trace)
+        except BaseException:
+            cpu.close()
+            raise
+        if not from_t:  # its rows are in the two memories by now
+            for layer in wanted:
+                if n_hot[layer]:
+                    self._tensors.drop(f"blk.{layer}.ffn_down_t.weight")
+        return HybridExecutor(segments, cpu, gpu, trace)
+
+    def _lower(self, graph: Graph, progress: Callable[[str], None] | None) -> CPUExecutor:
+        return CPUExecutor(
+            graph,
+            self._tensors,
+            self.config,
+            self._cache,
+            self.n_ctx,
+            self.n_threads,
+            MICRO_BATCH,
+            MAX_OUTPUTS,
+            progress,
+        )
 
     @property
     def kv_bytes(self) -> int:

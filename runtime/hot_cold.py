@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError
-from ..formats.section import Placement
 from .decoder import part
 from .memory import aligned
 from .tensors import Tensors
+
+if TYPE_CHECKING:
+    from ..formats.section import Placement
 
 _MATRICES = ("ffn_gate.weight", "ffn_up.weight", "ffn_down_t.weight", "ffn_pred_b.weight")
 _GROUP = 32

@@ -24,7 +24,9 @@ from .session import Session, Stats, check_ids
 
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
+    from ..formats.section import Placement
     from .engine import Engine
+    from .trace import Trace
 
 _CALL_NAMES = ("max_tokens", "stop", "special", "tools", "logits_processor", *PARAM_NAMES)
 
@@ -35,8 +37,8 @@ class LLM(Completions):
     model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
     n_ctx: tokens of context (None = the model's, capped by memory); n_threads: None = the machine's cores.
     seed: for calls that give none; None = a fresh one a call. sparsity: which FFN neurons are computed: auto (all that
-    matter), dense, exact, threshold=D or predict. progress: takes lines about slow steps (verbose
-    sends them to stderr).
+    matter), dense, exact, threshold=D or predict. placement: what runs on the GPU (hotcold.place makes one); None: all
+    runs on the CPU. trace: notes what ran when. progress: takes lines about slow steps (verbose sends them to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
     before. Only a prompt that goes on after an answer takes that answer's tokens from the cache, where they
@@ -54,6 +56,8 @@ class LLM(Completions):
         n_threads: int | None = None,
         seed: int | None = None,
         sparsity: str = "auto",
+        placement: Placement | None = None,
+        trace: Trace | None = None,
         verbose: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -70,7 +74,15 @@ class LLM(Completions):
         path = resolve(model, _by_step(report) if report else None)
         from .engine import Engine
 
-        engine = Engine(path, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, progress=report)
+        engine = Engine(
+            path,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            sparsity=sparsity,
+            placement=placement,
+            trace=trace,
+            progress=report,
+        )
         try:
             self._attach(engine, load_tokenizer(engine.file), None, chosen_seed, str(model))
         except BaseException:
