@@ -15,7 +15,7 @@ from numba import cuda, types
 
 from ..cpu.layout import KV_BLOCK
 from .attention_launch import MAX_SPLITS, SIZES, WARPS
-from .jit import WARP, Program
+from .jit import WARP, Program, simulated
 from .reduce import over_block, over_lanes, wait_lanes
 
 VARIANTS = {
@@ -25,7 +25,7 @@ VARIANTS = {
 
 _LOW = np.float32(-1e30)  # a score that no real one goes below
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-_AHEAD = 8  # loads that a thread has under way
+_AHEAD = 8  # loads of the cache that a thread has under way
 
 
 def build(family: str, variant: str, lanes: int) -> Program:
@@ -39,8 +39,8 @@ def build(family: str, variant: str, lanes: int) -> Program:
 def _attention(size: int, queries: int, lanes: int) -> Program:
     """(q, keys, values, tables, seq_of, positions, out, parts, n_head, n_kv, dim_k, dim_v, scale, window, n_tok).
 
-    q [n, n_head * dim_k]; keys and values as rope leaves them; tables int32 [n_seq, max_blocks]: cache blocks of each
-    sequence; seq_of int32: the sequence of each token. Token t sees positions max(0, p - window + 1) to p =
+    q [n, n_head * dim_k]; keys and values flat, as rope leaves them; tables int32 [n_seq, max_blocks]: cache blocks of
+    each sequence; seq_of int32 [n]: the sequence of each token. Token t sees positions max(0, p - window + 1) to p =
     positions[t] (window 0: from 0). With one split, out [n, n_head * dim_v]; with more, parts [n_tok, splits, n_head,
     dim_v + 2]: the unnormalised output, its maximum and its sum.
     """
@@ -49,16 +49,19 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
     threads = lanes * warps
     per_lane, chunks, block = KV_BLOCK // lanes, size // lanes, KV_BLOCK
     largest, total, wait = over_lanes(lanes, threads, largest=True), over_lanes(lanes, threads), wait_lanes(lanes)
-    ahead = _AHEAD
-    panel_shape, weights_shape, merged_shape = (size, queries), (warps, block, queries), (size + 2, queries)
+    dims_ahead, rows_ahead = _AHEAD, max(1, _AHEAD * lanes // size)
+    panel_size, weights_size, merged_size = size * queries, warps * KV_BLOCK * queries, (size + 2) * queries
     acc_shape, score_shape = (queries, chunks), (queries, per_lane)
+    align = None if simulated() else 16  # for loads of four
 
     def attention(
         q, keys, values, tables, seq_of, positions, out, parts, n_head, n_kv, dim_k, dim_v, scale, window, n_tok
     ):
-        panel = cuda.shared.array(panel_shape, np.float32)
-        weights = cuda.shared.array(weights_shape, np.float32)
-        merged = cuda.shared.array(merged_shape, np.float32)
+        panel = cuda.shared.array(panel_size, np.float32, align)  # scaled queries [dim_k][queries]
+        weights = cuda.shared.array(weights_size, np.float32, align)  # [warps][KV_BLOCK][queries]
+        merged = cuda.shared.array(merged_size, np.float32, align)
+        row_of = cuda.local.array(queries, np.int32)  # token of the tile, or -1
+        head_of = cuda.local.array(queries, np.int32)
         first = cuda.local.array(queries, np.int32)  # first position that each query sees,
         last = cuda.local.array(queries, np.int32)  # and one past the last
         top = cuda.local.array(queries, np.float32)
@@ -71,21 +74,29 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
         split, splits = cuda.blockIdx.z, cuda.gridDim.z
         group = n_head // n_kv
         tiles = (group + queries - 1) // queries  # of a token's heads
-        h, base = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * queries
+        h = cuda.blockIdx.x // tiles
         rows = max(1, queries // group)  # tokens of a tile
         token = cuda.blockIdx.y * rows
         rows = min(rows, n_tok - token)
 
-        # Query i is head (base + i) % group of the tile's row (base + i) // group.
+        row, member = 0, cuda.blockIdx.x % tiles * queries
         for i in range(queries):
-            row, head = (base + i) // group, h * group + (base + i) % group
+            row_of[i] = row if row < rows and member < group else -1
+            head_of[i] = h * group + member
             for d in range(me, dim_k, threads):
-                panel[d, i] = q[token + row, head * dim_k + d] * scale if row < rows else _ZERO
+                x = q[token + row, head_of[i] * dim_k + d] if row_of[i] >= 0 else _ZERO
+                panel[d * queries + i] = x * scale
             top[i], mass[i] = _LOW, _ZERO
             for c in range(chunks):
                 acc[i, c] = _ZERO
+            member += 1
+            if member == group and tiles == 1:
+                row, member = row + 1, 0
         cuda.syncthreads()
 
+        # Offsets are unsigned: Numba would test signed ones for being negative.
+        head_keys, head_values = np.uint64(block * dim_k), np.uint64(block * dim_v)
+        own = np.uint64(warp * block * queries)
         start = 0
         while start < rows:  # rows of one sequence at a time
             sequence = seq_of[token + start]
@@ -94,31 +105,33 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
                 end += 1
             low, high = 1 << 30, 0
             for i in range(queries):
-                row = (base + i) // group
                 first[i], last[i] = 0, 0
-                if start <= row < end:
-                    last[i] = positions[token + row] + 1
+                if row_of[i] >= start and row_of[i] < end:
+                    last[i] = positions[token + row_of[i]] + 1
                     first[i] = max(0, last[i] - window) if window > 0 else 0
                     low, high = min(low, first[i]), max(high, last[i])
             begin = low // block
             n_blocks = (high + block - 1) // block - begin
             stop = begin + n_blocks * (split + 1) // splits
             for b in range(begin + n_blocks * split // splits + warp, stop, warps):
-                page = tables[sequence, b]
-                for i in range(queries):
-                    for r in range(per_lane):
-                        score[i, r] = _ZERO
+                page = np.uint64(tables[sequence, b] * n_kv + h)
                 for r in range(per_lane):
-                    at = lane + r * lanes
-                    for d0 in range(0, dim_k - dim_k % ahead, ahead):
-                        for u in range(ahead):
-                            key = np.float32(keys[page, h, d0 + u, at])
+                    for i in range(queries):
+                        score[i, r] = _ZERO
+                    at, p = page * head_keys + np.uint64(lane + r * lanes), np.uint64(0)
+                    for _ in range(dim_k // dims_ahead):
+                        for u in range(dims_ahead):
+                            key = np.float32(keys[at + np.uint64(u * block)])
                             for i in range(queries):
-                                score[i, r] += panel[d0 + u, i] * key
-                    for d in range(dim_k - dim_k % ahead, dim_k):
-                        key = np.float32(keys[page, h, d, at])
+                                score[i, r] += panel[p + np.uint64(u * queries + i)] * key
+                        at += np.uint64(dims_ahead * block)
+                        p += np.uint64(dims_ahead * queries)
+                    for _ in range(dim_k % dims_ahead):
+                        key = np.float32(keys[at])
                         for i in range(queries):
-                            score[i, r] += panel[d, i] * key
+                            score[i, r] += panel[p + np.uint64(i)] * key
+                        at += np.uint64(block)
+                        p += np.uint64(queries)
                 wait()  # whoever still reads the last block's weights
                 for i in range(queries):
                     best = _LOW
@@ -134,25 +147,27 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
                     for c in range(chunks):
                         acc[i, c] *= factor
                     for r in range(per_lane):
-                        position = b * block + lane + r * lanes
-                        seen = position >= first[i] and position < last[i]
-                        weight = np.float32(math.exp(score[i, r] - best)) if seen else _ZERO
-                        weights[warp, lane + r * lanes, i] = weight
+                        weight = np.float32(math.exp(score[i, r] - best)) if score[i, r] > _LOW else _ZERO
+                        weights[own + np.uint64((lane + r * lanes) * queries + i)] = weight
                         mass[i] += weight
                 wait()
                 here = min(block, high - b * block)  # what lies behind has never been written
-                for c in range(chunks):
-                    d = lane + c * lanes
-                    if d < dim_v:
-                        for j0 in range(0, here - here % ahead, ahead):
-                            for u in range(ahead):
-                                value = np.float32(values[page, h, j0 + u, d])
-                                for i in range(queries):
-                                    acc[i, c] += weights[warp, j0 + u, i] * value
-                        for j in range(here - here % ahead, here):
-                            value = np.float32(values[page, h, j, d])
+                at, p = page * head_values, own
+                for _ in range(here // rows_ahead):
+                    for u in range(rows_ahead):
+                        for c in range(chunks):  # past the end, the last dimension again, for nothing
+                            value = np.float32(values[at + np.uint64(min(lane + c * lanes, dim_v - 1))])
                             for i in range(queries):
-                                acc[i, c] += weights[warp, j, i] * value
+                                acc[i, c] += weights[p + np.uint64(u * queries + i)] * value
+                        at += np.uint64(dim_v)
+                    p += np.uint64(rows_ahead * queries)
+                for _ in range(here % rows_ahead):
+                    for c in range(chunks):
+                        value = np.float32(values[at + np.uint64(min(lane + c * lanes, dim_v - 1))])
+                        for i in range(queries):
+                            acc[i, c] += weights[p + np.uint64(i)] * value
+                    at += np.uint64(dim_v)
+                    p += np.uint64(queries)
             start = end
 
         for i in range(queries):
@@ -160,67 +175,60 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
         for other in range(1, warps):  # the first warp adds the others, one by one
             if warp == other:
                 for i in range(queries):
-                    merged[size, i], merged[size + 1, i] = top[i], mass[i]
+                    merged[i], merged[queries + i] = top[i], mass[i]
                     for c in range(chunks):
-                        merged[lane + c * lanes, i] = acc[i, c]
+                        merged[(lane + c * lanes + 2) * queries + i] = acc[i, c]
             cuda.syncthreads()
             if warp == 0:
                 for i in range(queries):
-                    best = max(top[i], merged[size, i])
-                    ours = np.float32(math.exp(top[i] - best))
-                    theirs = np.float32(math.exp(merged[size, i] - best))
+                    best = max(top[i], merged[i])
+                    ours, theirs = np.float32(math.exp(top[i] - best)), np.float32(math.exp(merged[i] - best))
                     top[i] = best
-                    mass[i] = mass[i] * ours + merged[size + 1, i] * theirs
+                    mass[i] = mass[i] * ours + merged[queries + i] * theirs
                     for c in range(chunks):
-                        acc[i, c] = acc[i, c] * ours + merged[lane + c * lanes, i] * theirs
+                        acc[i, c] = acc[i, c] * ours + merged[(lane + c * lanes + 2) * queries + i] * theirs
             cuda.syncthreads()
+        if warp > 0:
+            return
+        for i in range(queries):
+            if row_of[i] >= 0:
+                t, head, inverse = token + row_of[i], head_of[i], _ONE / mass[i]
+                for c in range(chunks):
+                    d = lane + c * lanes
+                    if d < dim_v:
+                        if splits == 1:
+                            out[t, head * dim_v + d] = acc[i, c] * inverse
+                        else:
+                            parts[t, split, head, d] = acc[i, c]
+                if splits > 1 and lane == 0:
+                    parts[t, split, head, dim_v], parts[t, split, head, dim_v + 1] = top[i], mass[i]
 
-        if warp == 0:
-            for i in range(queries):
-                row, head = (base + i) // group, h * group + (base + i) % group
-                if row < rows and base + i < rows * group:
-                    t = token + row
-                    if splits == 1:
-                        inverse = _ONE / mass[i]
-                        for c in range(chunks):
-                            if lane + c * lanes < dim_v:
-                                out[t, head * dim_v + lane + c * lanes] = acc[i, c] * inverse
-                    else:
-                        part = ((t * splits + split) * n_head + head) * (dim_v + 2)
-                        for c in range(chunks):
-                            if lane + c * lanes < dim_v:
-                                parts[part + lane + c * lanes] = acc[i, c]
-                        if lane == 0:
-                            parts[part + dim_v], parts[part + dim_v + 1] = top[i], mass[i]
-
-    floats, cache, ints = types.float32[:, ::1], types.float16[:, :, :, ::1], types.int32[::1]
-    arrays = (floats, cache, cache, types.int32[:, ::1], ints, ints, floats, types.float32[::1])
+    floats, cache, ints = types.float32[:, ::1], types.float16[::1], types.int32[::1]
+    arrays = (floats, cache, cache, types.int32[:, ::1], ints, ints, floats, types.float32[:, :, :, ::1])
     sizes = (types.int32,) * 4
     return Program(attention, (*arrays, *sizes, types.float32, types.int32, types.int32), threads)
 
 
 def _merge(threads: int) -> Program:
-    """`attention_merge`: (parts, out, n_head, dim_v, splits, n_tok). Grid: (n_head, n_tok)."""
+    """`attention_merge`: (parts [n_tok, splits, n_head, dim_v + 2], out, n_tok). Grid: (n_head, n_tok)."""
     largest, total = over_block(threads, largest=True), over_block(threads)
 
-    def attention_merge(parts, out, n_head, dim_v, splits, n_tok):
+    def attention_merge(parts, out, n_tok):
         shares = cuda.shared.array(MAX_SPLITS, np.float32)
         sums = cuda.shared.array(threads, np.float32)
         head, t, me = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
         if t >= n_tok:
             return
-        step = n_head * (dim_v + 2)
-        base = t * splits * step + head * (dim_v + 2)
+        splits, dim_v = parts.shape[1], parts.shape[3] - 2
         best = _LOW
         for s in range(me, splits, threads):
-            best = max(best, parts[base + s * step + dim_v])
+            best = max(best, parts[t, s, head, dim_v])
         best = largest(best)
         mass = _ZERO
         for s in range(me, splits, threads):
-            at = base + s * step + dim_v
-            share = np.float32(math.exp(parts[at] - best)) if parts[at + 1] > _ZERO else _ZERO
-            shares[s] = share
-            mass += share * parts[at + 1]
+            part = parts[t, s, head, dim_v + 1]
+            shares[s] = np.float32(math.exp(parts[t, s, head, dim_v] - best)) if part > _ZERO else _ZERO
+            mass += shares[s] * part
         inverse = _ONE / total(mass)
         cuda.syncthreads()
         teams = max(1, threads // dim_v)  # each takes every so many splits; a thread of it, one dimension
@@ -231,7 +239,7 @@ def _merge(threads: int) -> Program:
             if team < teams and d0 + lane < dim_v:
                 for s in range(team, splits, teams):
                     if shares[s] > _ZERO:
-                        value += shares[s] * parts[base + s * step + d0 + lane]
+                        value += shares[s] * parts[t, s, head, d0 + lane]
             sums[me] = value
             cuda.syncthreads()
             if team == 0 and d0 + lane < dim_v:
@@ -240,5 +248,4 @@ def _merge(threads: int) -> Program:
                 out[t, head * dim_v + d0 + lane] = value * inverse
             cuda.syncthreads()
 
-    signature = (types.float32[::1], types.float32[:, ::1]) + (types.int32,) * 4
-    return Program(attention_merge, signature, threads)
+    return Program(attention_merge, (types.float32[:, :, :, ::1], types.float32[:, ::1], types.int32), threads)

@@ -31,7 +31,7 @@ class Heads:
 class AttentionLaunch:
     """A launch of `name` on `grid`; if splits > 1, then of `attention_merge` on `merge_grid`.
 
-    floats: float32 elements of `parts` that it needs.
+    floats: elements that `parts` then needs.
     """
 
     name: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numba import cuda, types
 
+from ..cpu.layout import KV_BLOCK
 from .jit import WARP, Program
 
 VARIANTS = {"rope": ["norm", "neox"]}
@@ -12,19 +13,20 @@ VARIANTS = {"rope": ["norm", "neox"]}
 def build(family: str, variant: str, lanes: int) -> Program:
     """`rope:norm` rotates pairs (2i, 2i+1), `rope:neox` pairs (i, i + rope_dim / 2). Grid: (n_tok, n_kv).
 
-    q [n, n_head * dim_k] is rotated in place; k and v [n, n_kv * dim] stay, and go, k rotated, to the cache's float16
-    keys [n_blocks, n_kv, dim_k, KV_BLOCK] and values [n_blocks, n_kv, KV_BLOCK, dim_v] at each token's slot. table
-    [n_ctx, rope_dim]: cosines, then sines, as RopeTable makes it.
+    (q, k, v, positions, slots, table, keys, values, n_head, n_kv, dim_k, dim_v, rope_dim, n_tok). q [n, n_head * dim_k]
+    is rotated in place; k and v [n, n_kv * dim] stay, and go, k rotated, to each token's slot in the cache, float16 and
+    flat: keys [n_blocks][n_kv][dim_k][KV_BLOCK], values [n_blocks][n_kv][KV_BLOCK][dim_v]. table [n_ctx, rope_dim]:
+    cosines, then sines, as RopeTable makes it.
     """
-    threads = 128 if lanes == WARP else lanes
+    threads, block = (128 if lanes == WARP else lanes), KV_BLOCK
     neox = variant == "neox"
 
     def rope(q, k, v, positions, slots, table, keys, values, n_head, n_kv, dim_k, dim_v, rope_dim, n_tok):
         t, h, me = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
         if t >= n_tok:
             return
-        block = keys.shape[3]
-        page, lane = slots[t] // block, slots[t] % block
+        page, lane = slots[t] // block * n_kv + h, slots[t] % block
+        to_keys, to_values = page * dim_k * block + lane, (page * block + lane) * dim_v
         position, half, group = positions[t], rope_dim // 2, n_head // n_kv
         for p in range(me, (group + 1) * half, threads):
             head, i = p // half, p % half
@@ -38,13 +40,13 @@ def build(family: str, variant: str, lanes: int) -> Program:
                 q[t, at + b] = x * s + y * c
             else:
                 x, y = k[t, h * dim_k + a], k[t, h * dim_k + b]
-                keys[page, h, a, lane] = x * c - y * s
-                keys[page, h, b, lane] = x * s + y * c
+                keys[to_keys + a * block] = x * c - y * s
+                keys[to_keys + b * block] = x * s + y * c
         for i in range(rope_dim + me, dim_k, threads):
-            keys[page, h, i, lane] = k[t, h * dim_k + i]
+            keys[to_keys + i * block] = k[t, h * dim_k + i]
         for i in range(me, dim_v, threads):
-            values[page, h, lane, i] = v[t, h * dim_v + i]
+            values[to_values + i] = v[t, h * dim_v + i]
 
-    floats, ints, cache = types.float32[:, ::1], types.int32[::1], types.float16[:, :, :, ::1]
+    floats, ints, cache = types.float32[:, ::1], types.int32[::1], types.float16[::1]
     sizes = (types.int32,) * 6
     return Program(rope, (floats, floats, floats, ints, ints, floats, cache, cache, *sizes), threads)
