@@ -18,6 +18,8 @@ WARP = 32
 # Kernel family -> the module here that builds it. A module lists the variants of its families in VARIANTS.
 FAMILIES = {
     "norm": "norm",
+    "matmul": "matmul",
+    "matmul_tile": "matmul",
     "rope": "rope",
     "attention": "attention",
     "attention_merge": "attention",

@@ -4,8 +4,8 @@ A row is cut into *runs* of 8 neighbouring weights, one a thread at a time; k / 
 array holds one field of the runs (or of the groups of weights that share a scale), in the order of rows and runs:
 
   codes   of 4 bits: a uint32 a run, weight b from bit 4 b on; of 5 and 6: a uint32 of their low nibbles, byte b for
-          weight b below and 4 + b above; of 8: two uint32, a signed byte a weight; of 2 and 3: a uint16 (_spread);
-          floats: their bytes in order, as uint32
+          weight b below and 4 + b above; of 8: two uint32, a byte a weight, 128 more than in the file; of 2 and 3:
+          a uint16 (_spread); floats: their bytes in order, as uint32
   high    what codes of 5, 6 and 3 bits have beyond those: a uint8 (_ones), uint16 (_spread), uint8 a run
   sub     of K-quants: a group's 6-bit scale and minimum expanded to bytes (uint16: scale below), or a signed scale
   scale   a float16 a block, as uint16; a uint32 of two float16 where there is a minimum too (scale below)
@@ -147,7 +147,7 @@ def _q5_1(data: Bytes) -> Arrays:
 
 
 def _q8_0(data: Bytes) -> Arrays:
-    return data[:, 2:], data[:, :2]
+    return data[:, 2:] ^ 128, data[:, :2]
 
 
 def _six_bit(scales: Bytes) -> Bytes:

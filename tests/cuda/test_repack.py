@@ -25,7 +25,7 @@ def unpack(kind: str, arrays: tuple[np.ndarray, ...], n_rows: int) -> np.ndarray
     if kind == "BF16":
         return (first.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(n_rows, -1)
     if kind == "Q8_0":
-        codes = first.view(np.int8).astype(np.float32)
+        codes = first.view(np.uint8).astype(np.float32) - 128
     elif kind in ("Q2_K", "Q3_K"):
         codes = np.stack([first >> at & 3 for at in TWO], axis=-1)
     else:
