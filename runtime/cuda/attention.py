@@ -192,7 +192,8 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
             return
         for i in range(queries):
             if row_of[i] >= 0:
-                t, head, inverse = token + row_of[i], head_of[i], _ONE / mass[i]
+                t, head = token + row_of[i], head_of[i]
+                inverse = _ONE / mass[i] if splits == 1 else _ONE
                 for c in range(chunks):
                     d = lane + c * lanes
                     if d < dim_v:
