@@ -1,4 +1,4 @@
-"""The section of a model: its neurons' activation profile, thresholds, predictors and transposed down-projections.
+"""The section of a model: its neurons' activation profile, thresholds, predictors, transposed ffn_down, and placement.
 
 A section is a GGUF image of its own (general.type "sparsity"), beside its model or at the model's end:
 section_layout.py says how it lies there, section_file.py writes it. Every part is optional, and there for all layers.
@@ -34,7 +34,7 @@ from .section_layout import (
     start_after,
     tensor_hash,
 )
-from .section_parts import PARTS, check, part_of
+from .section_parts import PARTS, PLACEMENT_KEY, check, part_of
 
 FORMAT_VERSION = 1
 SMALL = 2**20  # bytes of a tensor up to which every load checks its checksum
@@ -70,6 +70,34 @@ class Predictors:
     ranks: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Placement:
+    """What of a model lies on the GPU: by layer its hot neurons and its attention with the KV cache, and the output.
+
+    hot: by layer, sorted int32 ids of neurons. n_ctx: tokens that the KV cache holds. budget: bytes of GPU memory that
+    all of it may take. group: neurons that are placed together. cold: who computes the others, "cpu", or the GPU out of
+    "mapped" host memory. objective, hardware, sparsity, profile: what it was solved for; profile is a digest of the
+    frequencies, or "".
+    """
+
+    hot: tuple[NDArray[np.int32], ...]
+    attention: tuple[bool, ...]
+    head: bool
+    n_ctx: int
+    budget: int
+    group: int
+    cold: str
+    objective: str
+    hardware: str
+    sparsity: str = "dense"
+    profile: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether all is left to the CPU."""
+        return not (self.head or any(self.attention) or any(map(len, self.hot)))
+
+
 class Section:
     """A section, open and checked against its model's sizes."""
 
@@ -80,13 +108,15 @@ class Section:
     def __init__(self, image: GGUFFile, attached: bool, config: ModelConfig, footer: Footer | None = None) -> None:
         self.image, self.path, self.attached = image, image.path, attached
         self.footer = footer
-        self.n_layer = config.n_layer
+        self.n_layer, self.n_ff = config.n_layer, config.n_ff
         layout = {info.name: (info.shape, info.type) for info in image.tensors.values()}
         check(image.path, image.metadata, layout, config)
 
     def parts(self) -> list[str]:
-        """Which of profile, thresholds, predictors and down_t it has."""
+        """Which of profile, thresholds, predictors, down_t and placement it has."""
         found = {part_of(name) for name in self.image.tensors}
+        if PLACEMENT_KEY in self.image.metadata:  # it may have no tensors
+            found.add("placement")
         return [part for part in PARTS if part in found]
 
     def profile(self) -> Profile | None:
@@ -125,6 +155,26 @@ class Section:
         """Whether there is a neuron-major copy of ffn_down."""
         return self._has("blk.0.ffn_down_t.weight")
 
+    def placement(self) -> Placement | None:
+        """What a GPU is to hold; SectionError for neurons out of order or out of range."""
+        if PLACEMENT_KEY not in self.image.metadata:
+            return None
+        hot = tuple(self._neurons(f"blk.{layer}.ffn_hot_idx") for layer in range(self.n_layer))
+
+        def text(key: str) -> str:
+            return self.image.get(f"hotcold.placement.{key}", "", str)
+
+        def number(key: str) -> int:
+            return self.image.get(f"hotcold.placement.{key}", 0, int)
+
+        return Placement(
+            hot,
+            tuple(flag == "1" for flag in text("attention")),
+            number("head") == 1,
+            *(number(key) for key in ("n_ctx", "budget", "group")),
+            *(text(key) for key in ("cold", "objective", "hardware", "sparsity", "profile")),
+        )
+
     def checked(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes, uint8 (nbytes,); SectionError if its checksum is wrong."""
         if name in _damaged(self.image, self.footer, [name]):
@@ -154,6 +204,16 @@ class Section:
 
     def _has(self, name: str) -> bool:
         return name in self.image.tensors
+
+    def _neurons(self, name: str) -> NDArray[np.int32]:
+        """The neurons in a tensor, which is not there if there are none."""
+        if name not in self.image.tensors:
+            return np.zeros(0, np.int32)
+        ids = self.image.data(name).view(np.int32).copy()  # a view would keep the file locked
+        if not (0 <= ids[0] and ids[-1] < self.n_ff and (ids[1:] > ids[:-1]).all()):
+            got = f"neurons from {ids.min()} to {ids.max()}"
+            raise SectionError(f"{self.path}: tensor {name}: got {got}, wanted 0 to {self.n_ff - 1}, ascending")
+        return ids
 
     def _floats(self, name: str, low: float, high: float) -> NDArray[np.float32]:
         values = self.image.data(name).view(np.float32)

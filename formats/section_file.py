@@ -71,7 +71,7 @@ def update_section(
         old = stored_section(model, config)
         with old or nullcontext():
             merged = _merged(contents, old, dropped)
-            if merged.tensors:
+            if merged.tensors or any(map(part_of, merged.metadata)):
                 return _store(model, config, merged, old, sidecar, progress)
         _take_away(model)
         return path

@@ -79,7 +79,7 @@ def test_a_part_replaces_only_itself(model: Path) -> None:
 
 
 def test_other_tensors_are_kept(model: Path) -> None:
-    other = Contents({"hotcold.other": 1.5}, [sections.tensor("blk.0.ffn_hot_idx", 0, 7)])
+    other = Contents({"hotcold.other": 1.5}, [sections.tensor("blk.0.ffn_other", 0, 7)])
     update_section(model, other)
     update_section(model, sections.contents("profile"))
     assert holds(model, sections.joined(other, sections.contents("profile")))
