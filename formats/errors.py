@@ -11,6 +11,7 @@ HotcoldError
 ├── StorageError           a folder or file that cannot be written
 ├── SectionError           a section that is not there, is damaged, or belongs to another model
 ├── TrainingError          a training whose losses are no numbers
+├── GPUError               a GPU that cannot be used, is out of memory, or failed
 └── ClosedError            a model used after close()
 """
 
@@ -63,6 +64,10 @@ class SectionError(HotcoldError):
 
 class TrainingError(HotcoldError):
     """A training whose losses are no numbers any more."""
+
+
+class GPUError(HotcoldError):
+    """A GPU that is missing or too old, whose memory is exhausted, or on which something failed."""
 
 
 class ClosedError(HotcoldError):
