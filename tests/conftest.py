@@ -1,4 +1,7 @@
-"""Shared fixtures: a factory of tiny models, cached by their arguments for the whole run; where kernels are cached."""
+"""Shared fixtures: a factory of tiny models, cached by their arguments for the whole run; where kernels are cached.
+
+CUDA kernels run in Numba's simulator, unless HOTCOLD_TEST_GPU is set: then on the GPU of this machine.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,12 @@ from tiny import make_tiny_model
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels that tests compile stay in pytest's cache folder: compiled once, and not among the user's own."""
+    """Kernels that tests compile stay in pytest's cache folder: compiled once, and not among the user's own.
+
+    Numba asks for its simulator when it is first imported, which is later.
+    """
+    if not os.environ.get("HOTCOLD_TEST_GPU"):
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     cache = getattr(config, "cache", None)  # -p no:cacheprovider
     if cache is not None:
         os.environ.setdefault("HOTCOLD_KERNEL_CACHE", str(cache.mkdir("hotcold-kernels")))
