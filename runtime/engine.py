@@ -115,7 +115,8 @@ class Engine:
         sizes = {"tokens": MICRO_BATCH, "outputs": MAX_OUTPUTS}
         try:
             segments = schedule(graph)
-            gpu = load(segments, graph, self._tensors, c, cpu, placement, self._cache.n_blocks, self.n_ctx, sizes, trace)
+            n_blocks = self._cache.n_blocks
+            gpu = load(segments, graph, self._tensors, c, cpu, placement, n_blocks, self.n_ctx, sizes, trace)
         except BaseException:
             cpu.close()
             raise
@@ -123,7 +124,7 @@ class Engine:
             for layer in wanted:
                 if n_hot[layer]:
                     self._tensors.drop(f"blk.{layer}.ffn_down_t.weight")
-        return HybridExecutor(segments, cpu, gpu, trace)
+        return HybridExecutor(segments, cpu, gpu, n_hot, trace)
 
     def _lower(self, graph: Graph, progress: Callable[[str], None] | None) -> CPUExecutor:
         return CPUExecutor(
@@ -153,7 +154,8 @@ class Engine:
     def usage(self) -> Usage:
         """What the FFNs have read and which neurons were active, since the engine was made."""
         self._check_open()
-        return usage(self._executor.tape, self._tensors, self.config, self.plan, self._executor.steps)
+        run = self._executor
+        return usage(run.tape, self._tensors, self.config, self.plan, run.steps, run.gpu_usage)
 
     def new_sequence(self) -> Sequence:
         """An empty sequence; several share the cache, whose size is that of one full context."""

@@ -67,6 +67,11 @@ class CPUExecutor:
             self.tape.buffers["logits"] = aligned(max_outputs * config.n_vocab * 4)
         self._logits = self.tape.buffers["logits"].view(np.float32).reshape(-1, config.n_vocab)
 
+    @property
+    def gpu_usage(self) -> None:
+        """None: there is no GPU at work."""
+        return None
+
     def run(self, batch: Batch, outputs: np.ndarray, see: Observer | None = None) -> np.ndarray:
         """One step: append each sequence's tokens (int32) and return the logits of the rows `outputs`.
 

@@ -1,4 +1,4 @@
-"""The cold neurons of layers that are split: compact copies of their rows, which the CPU then reads as a model's own."""
+"""The cold neurons of split layers: compact copies of their rows, which the CPU then reads as a model's own."""
 
 from __future__ import annotations
 

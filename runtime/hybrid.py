@@ -12,6 +12,7 @@ import numpy as np
 from ..formats.errors import ClosedError
 from .executor import Batch, CPUExecutor, Observer
 from .schedule import Segment
+from .usage import HotUsage
 
 if TYPE_CHECKING:
     from .cpu.assemble import Tape
@@ -29,6 +30,10 @@ class GPU(Protocol):
 
     def finish(self, index: int) -> None:
         """Wait for a segment that ends in a fetch, and put what it fetched where the CPU reads it."""
+
+    @property
+    def active(self) -> np.ndarray:
+        """Active (token, neuron) pairs of each layer so far, int [n_layer]."""
 
     def spans(self) -> list[tuple[str, float, float]]:
         """Segments of the last step: names, and seconds on the device since begin; empty unless traced."""
@@ -78,10 +83,16 @@ class _Step:
 
 
 class HybridExecutor:
-    """Runs steps as CPUExecutor does, with a GPU beside it. segments: of the graph that both were lowered from."""
+    """Runs steps as CPUExecutor does, with a GPU beside it.
 
-    def __init__(self, segments: list[Segment], cpu: CPUExecutor, gpu: GPU, trace: Trace | None = None) -> None:
-        self._cpu, self._segments, self._trace = cpu, segments, trace
+    segments: of the graph that both were lowered from. hot: how many neurons of each layer the GPU has.
+    """
+
+    def __init__(
+        self, segments: list[Segment], cpu: CPUExecutor, gpu: GPU, hot: tuple[int, ...], trace: Trace | None = None
+    ) -> None:
+        self._cpu, self._gpu, self._segments, self._trace = cpu, gpu, segments, trace
+        self._hot, self._n_tokens = hot, 0
         self._worker = _Worker(gpu, [s for s in segments if s.unit == "gpu"], trace)
         self._end_worker = weakref.finalize(self, self._worker.close)
         # rows of the tape by segment
@@ -100,6 +111,11 @@ class HybridExecutor:
     def steps(self) -> int:
         """Steps taken."""
         return self._cpu.steps
+
+    @property
+    def gpu_usage(self) -> HotUsage:
+        """What the GPU's neurons did so far."""
+        return HotUsage(self._hot, self._n_tokens, self._gpu.active)
 
     def run(self, batch: Batch, outputs: np.ndarray, see: Observer | None = None) -> np.ndarray:
         """One step; as CPUExecutor.run. The first error of either side stops both and is raised here."""
@@ -125,6 +141,7 @@ class HybridExecutor:
             step.wait_idle()
         if step.failure is not None:
             raise step.failure
+        self._n_tokens += step.n_tok
         return self._cpu.end(batch, outputs)
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .cpu.layout import Choice, Row
 
@@ -58,37 +59,51 @@ class Usage:
         return self.predictor_ticks / self.ticks if self.ticks else 0.0
 
 
-def usage(tape: Tape, tensors: Tensors, config: ModelConfig, plan: Plan | None, steps: int) -> Usage:
-    """The usage of a tape since it was made."""
+@dataclass(frozen=True)
+class HotUsage:
+    """What the GPU did: the neurons it has and the active (token, neuron) pairs, by layer, and the tokens it saw."""
+
+    hot: tuple[int, ...]
+    tokens: int
+    active: NDArray[np.integer]
+
+
+def usage(
+    tape: Tape, tensors: Tensors, config: ModelConfig, plan: Plan | None, steps: int, gpu: HotUsage | None = None
+) -> Usage:
+    """The usage of a tape since it was made, and of the GPU beside it.
+
+    Bytes read on the GPU are counted as for tokens one by one.
+    """
     sizes = [_sizes(tensors, layer) for layer in range(config.n_layer)]
     dense = sum(size["ffn_gate"] + size["ffn_up"] + size["ffn_down"] for size in sizes)
     if plan is None:
         return Usage(steps, ffn_bytes=steps * dense, dense_bytes=steps * dense)
-    choices = tape.buffers["choices"].view(np.int64).reshape(-1, len(Choice))
-    active, tokens, sparse_steps, listed, dense_steps = (
-        choices[:, getattr(Choice, name) // 8]
-        for name in ("active", "tokens", "sparse_steps", "listed", "dense_steps")
-    )
-    read = 0
+    choices = tape.buffers["choices"].view(np.int64).reshape(-1, len(Choice)) if "choices" in tape.buffers else None
+    places = active = read = 0
     for layer, size in enumerate(sizes):
         always = size["ffn_pred_a"] + size["ffn_pred_b"] if plan.predictor else size["ffn_gate"]
         by_list = (0 if not plan.predictor else size["ffn_gate"]) + size["ffn_up"] + size["ffn_down_t"]
-        whole = size["ffn_gate"] + size["ffn_up"] + size["ffn_down_t" if plan.dense_from_t else "ffn_down"]
+        n_hot = gpu.hot[layer] if gpu else 0
+        if gpu and n_hot:
+            pairs = int(gpu.active[layer])
+            places += gpu.tokens * n_hot
+            active += pairs
+            read += (gpu.tokens * always * n_hot + pairs * by_list) // config.n_ff
+        n_cold = config.n_ff - n_hot
+        if choices is None or not n_cold:
+            continue
+        own = {name: int(choices[layer, getattr(Choice, name) // 8]) for name in Choice._fields}
+        whole = size["ffn_gate"] + size["ffn_up"] + size["ffn_down_t" if plan.dense_from_t or n_hot else "ffn_down"]
         if plan.predictor:
             whole += always
-        read += int(sparse_steps[layer]) * always + int(listed[layer]) * by_list // config.n_ff
-        read += int(dense_steps[layer]) * whole
+        places += own["tokens"] * n_cold
+        active += own["active"]
+        read += own["listed"] * by_list // config.n_ff
+        read += (own["sparse_steps"] * always + own["dense_steps"] * whole) * n_cold // config.n_ff
     ticks = tape.rows[:, Row.ticks // 8]
     predicting = [bool(plan.predictor) and _predicts(node) for node in tape.nodes]
-    return Usage(
-        steps,
-        int(tokens.sum()) * config.n_ff,
-        int(active.sum()),
-        read,
-        steps * dense,
-        int(ticks.sum()),
-        int(ticks[predicting].sum()),
-    )
+    return Usage(steps, places, active, read, steps * dense, int(ticks.sum()), int(ticks[predicting].sum()))
 
 
 def _predicts(node: Node) -> bool:
@@ -102,4 +117,5 @@ def _sizes(tensors: Tensors, layer: int) -> dict[str, int]:
     found = {name: f"blk.{layer}.{name}.weight" for name in names}
     sizes = {name: tensors.info(full).nbytes if full in tensors else 0 for name, full in found.items()}
     sizes["ffn_down"] = sizes["ffn_down"] or sizes["ffn_down_t"]
+    sizes["ffn_down_t"] = sizes["ffn_down_t"] or sizes["ffn_down"]  # dropped after it was split
     return sizes

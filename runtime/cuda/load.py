@@ -1,0 +1,58 @@
+"""Opening the GPU and loading a model's part into it, within its budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...formats.config import ModelConfig
+from ..executor import CPUExecutor
+from ..graph import Graph
+from ..schedule import Segment
+from ..tensors import Tensors
+from ..trace import Trace
+from .device import open_device
+from .executor import GPUExecutor
+
+if TYPE_CHECKING:
+    from ...formats.section import Placement
+
+
+def load(
+    segments: list[Segment],
+    graph: Graph,
+    tensors: Tensors,
+    config: ModelConfig,
+    cpu: CPUExecutor,
+    placement: Placement,
+    n_blocks: int,
+    n_ctx: int,
+    sizes: dict[str, int],
+    trace: Trace | None,
+) -> GPUExecutor:
+    """The executor of the GPU's segments. GPUError if there is no usable GPU, or the budget does not hold."""
+    device = open_device()
+    try:
+        cpu.rope.upto(n_ctx)
+        host = {name: cpu.tape.buffers[name].view(np.float32) for name in ("x", "logits")}
+        gpu = GPUExecutor(
+            segments,
+            graph,
+            tensors,
+            config,
+            device,
+            host,
+            cpu.tokens,
+            cpu.rope.table,
+            placement.hot,
+            n_blocks,
+            n_ctx,
+            sizes,
+            trace is not None,
+        )
+        device.check_budget(placement.budget)
+    except BaseException:
+        device.close()
+        raise
+    return gpu

@@ -1,0 +1,202 @@
+"""Lowering: each GPU node of a graph becomes a launch or two of kernels, with their arguments already in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ...formats.config import ModelConfig
+from ...formats.errors import UnsupportedError
+from ..graph import Node
+from ..sparsity import gate_range
+from ..tensors import Tensors
+from ..vram import down_floats
+from . import jit
+from .attention_launch import Heads, attention_launch, part_floats
+from .buffers import Buffers
+from .device import Device
+from .down import launch as down_launch
+from .down import merge_launch, part_count
+from .ffn import launch as ffn_launch
+from .matmul import ADD, BIAS, RELU, SET
+from .matmul import launch as matmul_launch
+from .repack import KINDS, pack
+
+# Enqueues a node's kernels for so many tokens and outputs.
+Launch = Callable[[int, int], None]
+
+
+class Lowering:
+    """Makes launches. hot: by layer, the neurons that `@hot` tensors have (int32, sorted). n_ctx: of a sequence."""
+
+    def __init__(
+        self,
+        tensors: Tensors,
+        config: ModelConfig,
+        device: Device,
+        buffers: Buffers,
+        rope_table: np.ndarray,
+        hot: tuple[np.ndarray, ...],
+        n_ctx: int,
+    ) -> None:
+        self.tensors, self.config, self.device, self.buffers = tensors, config, device, buffers
+        self.hot, self.n_ctx, self.stream = hot, n_ctx, device.stream
+        self._host_table = rope_table
+        self._table: Any = None
+        self._caches: dict[int, tuple[Any, Any]] = {}
+        self._weights: dict[str, tuple[str, tuple[Any, ...], int, int]] = {}
+        self._lowerings: dict[str, Callable[[Node], Launch]] = {
+            "norm": self._norm,
+            "matmul": self._matmul,
+            "rope": self._rope,
+            "attention": self._attention,
+            "ffn": self._ffn,
+            "down": self._down,
+            "merge": self._merge,
+        }
+
+    def launch(self, node: Node) -> Launch:
+        """What runs a node."""
+        return self._lowerings[node.op](node)
+
+    def _count(self, node: Node) -> Callable[[int, int], int]:
+        return (lambda n_tok, n_out: n_out) if node.rows == "outputs" else (lambda n_tok, n_out: n_tok)
+
+    def _weight(self, name: str) -> tuple[str, tuple[Any, ...], int, int]:
+        """A matrix on the device: type, arrays, rows and row length."""
+        if name not in self._weights:
+            base, _, part = name.partition("@")
+            info = self.tensors.info(base)
+            kind, k = info.type.name, info.shape[0]
+            if kind not in KINDS:
+                raise UnsupportedError(
+                    f"{self.tensors.source(base)}: tensor {base} has type {kind}, which hotcold does not compute on a "
+                    f"GPU; supported: {', '.join(KINDS)}"
+                )
+            data = self.tensors.data(base).reshape(info.n_rows, -1)
+            data = data[self.hot[_layer(base)]] if part else data
+            self._weights[name] = kind, tuple(map(self.device.upload, pack(kind, data, k))), len(data), k
+        return self._weights[name]
+
+    def _vector(self, name: str) -> Any:
+        """A float32 vector on the device."""
+        base, _, part = name.partition("@")
+        values = np.ascontiguousarray(self.tensors.dequantized(base), np.float32).reshape(-1)
+        return self.device.upload(values[self.hot[_layer(base)]] if part else values)
+
+    def _norm(self, node: Node) -> Launch:
+        kernel, stream, count = jit.load("norm"), self.stream, self._count(node)
+        rows = self.buffers.out_rows if node.rows == "outputs" else self.buffers.all_rows
+        x, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
+        weight, eps = self._vector(node.weight), np.float32(self.config.norm_eps)
+
+        def run(n_tok: int, n_out: int) -> None:
+            if n := count(n_tok, n_out):
+                kernel(n, stream, x, rows, weight, out, eps)
+
+        return run
+
+    def _matmul(self, node: Node) -> Launch:
+        kind, arrays, n, k = self._weight(node.weight)
+        x, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
+        bias = self._vector(node.bias) if node.bias else self.buffers.none
+        mode = (ADD if node.adds else RELU if node.function == "relu" else SET) | (BIAS if node.bias else 0)
+        stream, count = self.stream, self._count(node)
+
+        def run(n_tok: int, n_out: int) -> None:
+            if m := count(n_tok, n_out):
+                name, grid = matmul_launch(kind, n, m)
+                jit.load(name)(grid, stream, *arrays, x, out, bias, n, k, m, mode)
+
+        return run
+
+    def _rope(self, node: Node) -> Launch:
+        c, b, stream = self.config, self.buffers, self.stream
+        if self._table is None:
+            self._table = self.device.upload(self._host_table)
+        table = self._table
+        keys, values = self._caches[node.layer] = b.cache()
+        q, k, v = (b.value(name) for name in node.reads)
+        kernel = jit.load(f"rope:{c.rope_style}")
+        sizes = c.n_head, c.n_head_kv, c.head_dim_k, c.head_dim_v, c.rope_dim
+
+        def run(n_tok: int, n_out: int) -> None:
+            grid = (n_tok, c.n_head_kv)
+            kernel(grid, stream, q, k, v, b.positions, b.slots, table, keys, values, *sizes, n_tok)
+
+        return run
+
+    def _attention(self, node: Node) -> Launch:
+        c, b, stream = self.config, self.buffers, self.stream
+        heads = Heads(c.n_head, c.n_head_kv, c.head_dim_k, c.head_dim_v)
+        processors, n_ctx = self.device.processors, self.n_ctx
+        keys, values = self._caches[node.layer]
+        q, out = b.value(node.reads[0]), b.value(node.writes[0])
+        parts = b.array("attention parts", (part_floats(heads, b.sizes["tokens"], n_ctx, processors),))
+        numbers = (*vars(heads).values(), np.float32(c.attn_scale), c.sliding_window)
+
+        def run(n_tok: int, n_out: int) -> None:
+            how = attention_launch(heads, n_tok, n_ctx, processors)
+            share = parts
+            if how.splits > 1:
+                share = parts[: how.floats].reshape(n_tok, how.splits, c.n_head, c.head_dim_v + 2)
+            else:
+                share = parts[:1].reshape(1, 1, 1, 1)
+            where = b.tables, b.sequences, b.positions
+            jit.load(how.name)(how.grid, stream, q, keys, values, *where, out, share, *numbers, n_tok)
+            if how.splits > 1:
+                jit.load("attention_merge")(how.merge_grid, stream, share, out, n_tok)
+
+        return run
+
+    def _ffn(self, node: Node) -> Launch:
+        b, stream = self.buffers, self.stream
+        kind, gate, n, k = self._weight(node.weight)
+        other, up, _, _ = self._weight(node.up)
+        x, h = b.value(node.reads[0]), b.value(node.writes[0])
+        scored = len(node.reads) > 1
+        scores = b.value(node.reads[1]) if scored else b.no_scores
+        cut = self._vector(node.cut) if scored else b.none
+        counts = b.counts[node.layer : node.layer + 1]
+        rule = tuple(map(np.float32, gate_range(self.config.activation, node.threshold)))
+
+        def run(n_tok: int, n_out: int) -> None:
+            name, grid = ffn_launch(kind, other, node.function, n, n_tok)
+            jit.load(name)(
+                grid, stream, *gate, *up, x, scores, cut, h, counts, n, k, n_tok, int(scored), *rule
+            )
+
+        return run
+
+    def _parts(self, n_tok: int) -> Any:
+        """Where the hot neurons' sums of n_tok tokens are kept until they are merged, [parts, n_tok, n_embd]."""
+        flat = self.buffers.array("parts", (down_floats(self.config, self.buffers.sizes["tokens"]),))
+        shape = part_count(n_tok), n_tok, self.config.n_embd
+        return flat[: shape[0] * shape[1] * shape[2]].reshape(*shape)
+
+    def _down(self, node: Node) -> Launch:
+        kind, arrays, n, k = self._weight(node.weight)
+        h, stream = self.buffers.value(node.reads[0]), self.stream
+
+        def run(n_tok: int, n_out: int) -> None:
+            name, grid = down_launch(kind, k, n_tok)
+            jit.load(name)(grid, stream, *arrays, h, self._parts(n_tok), n, k, n_tok)
+
+        return run
+
+    def _merge(self, node: Node) -> Launch:
+        base, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
+        stream, k = self.stream, self.config.n_embd
+
+        def run(n_tok: int, n_out: int) -> None:
+            name, grid = merge_launch(k, n_tok)
+            jit.load(name)(grid, stream, base, self._parts(n_tok), out, n_tok)
+
+        return run
+
+
+def _layer(tensor: str) -> int:
+    """The layer's number in blk.N.name."""
+    return int(tensor.split(".")[1])
