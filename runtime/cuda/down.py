@@ -26,14 +26,14 @@ from .weights import READERS, Device, array_types, device, values
 VARIANTS = {"down": list(KINDS), "down_tile": list(KINDS), "merge": [""]}
 WARPS = 8  # of a block, each with a share of its neurons; fewer where warps have fewer lanes, in the simulator
 STRIDE = 4  # neurons that a lane looks at before its warp reads the active ones' rows
-PARTS = 32  # at most
+PARTS = 2 if simulated() else 32  # at most; the simulator needs milliseconds for a block
 COLUMNS = 256  # of a block of merge
 
 _1, _2, _3, _4, _5, _6, _7 = (np.uint64(n) for n in range(1, 8))
 
 
 def part_count(n_tok: int) -> int:
-    """Parts that n_tok tokens are computed in: 32 for one tile of tokens, fewer for more, 1 from 256 tokens on."""
+    """Parts that n_tok tokens are computed in: PARTS for one tile of tokens, half for two, at last 1."""
     tiles = -(-n_tok // TILE)
     return max(1, PARTS >> (tiles - 1).bit_length())
 
