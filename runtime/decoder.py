@@ -11,11 +11,15 @@ from .sparsity import Plan, everything
 
 @dataclass(frozen=True)
 class Split:
-    """What runs on the GPU: by layer its attention and how many neurons of its FFN (the hot ones), and the output."""
+    """What runs on the GPU: by layer its attention and how many neurons of its FFN (the hot ones), and the output.
+
+    mapped: of a layer with hot neurons it computes the others too, out of the host's memory.
+    """
 
     attention: tuple[bool, ...]
     hot: tuple[int, ...]
     head: bool
+    mapped: bool = False
 
 
 def part(tensor: str, name: str) -> str:
@@ -91,21 +95,25 @@ class _Decoder:
     def _ffn(self, layer: int) -> None:
         n_hot = self.split.hot[layer]
         n_cold = self.config.n_ff - n_hot
-        if n_cold:
-            self._need("cpu")
-        if n_hot:
+        if n_hot and (self.split.mapped or not n_cold):
             self._need("gpu")
-            self._hot_ffn(layer, n_hot, whole=n_cold == 0)
-        if n_cold and n_hot:
+            self._gpu_ffn(layer, {"hot": n_hot, "cold": n_cold} if n_cold else {"": n_hot})
+            self.current = {"gpu"}
+        elif n_hot:
+            self._need("cpu")
+            self._need("gpu")
+            self._gpu_ffn(layer, {"hot": n_hot})
             self._sparse_ffn(layer, self.plan or everything(self.config), n_cold)
-        elif n_cold and self.plan:
-            self._sparse_ffn(layer, self.plan, 0)
-        elif n_cold:
-            self._dense_ffn(layer)
-        self.current = {"gpu" if n_hot else "cpu"}
-        if n_hot and n_cold:
             self._copy("send", "x", "gpu.base")
             self._add("merge", "base parts", "x", unit="gpu", layer=layer)
+            self.current = {"gpu"}
+        else:
+            self._need("cpu")
+            if self.plan:
+                self._sparse_ffn(layer, self.plan, 0)
+            else:
+                self._dense_ffn(layer)
+            self.current = {"cpu"}
 
     def _dense_ffn(self, layer: int) -> None:
         block = f"blk.{layer}"
@@ -162,35 +170,42 @@ class _Decoder:
         else:
             add("matmul", f"{h} x", "x", "ffn_down", "dense")
 
-    def _hot_ffn(self, layer: int, n_hot: int, whole: bool) -> None:
-        """The hot neurons, on the GPU: their sums stay in parts, or are added to x if the layer has no others."""
+    def _gpu_ffn(self, layer: int, shares: dict[str, int]) -> None:
+        """Shares of a layer's neurons, by name, on the GPU; "" is all of them.
+
+        They are added to x, unless they are only the hot ones: then their sums stay in parts for a merge to come.
+        """
         plan, function = self.plan, self.config.activation
-        h, scores = f"gpu.h:{n_hot}", f"gpu.scores:{n_hot}"
-        self.graph.widths |= {h: n_hot, scores: n_hot}
+        rule: dict[str, str | float] = {"threshold": plan.thresholds[layer] if plan else 0.0}
+        where = {"unit": "gpu", "layer": layer}
 
-        def weight(name: str) -> str:
+        def weight(name: str, share: str) -> str:
             tensor = f"blk.{layer}.{name}"
-            return tensor if whole else part(tensor, "hot")
+            return part(tensor, share) if share else tensor
 
-        self._add("norm", "x", "f", f"blk.{layer}.ffn_norm.weight", unit="gpu", layer=layer)
-        reads, rule = "f", {"threshold": plan.thresholds[layer] if plan else 0.0, "cut": ""}
+        def add(op: str, reads: str, writes: str, tensor: str = "", **rest: str | float) -> None:
+            self._add(op, reads, writes, tensor, **where, **rest)  # type: ignore[arg-type]
+
+        add("norm", "x", "f", weight("ffn_norm.weight", ""))
+        r = ""
         if plan and plan.predictor:
             r = f"r{self.ranks[layer]}"
             source = "f" if plan.predictor_input == "ffn_norm" else "x"
-            relu = "relu" if plan.predictor == "relu" else ""
-            first = f"blk.{layer}.ffn_pred_a.weight"
-            self._add("matmul", source, r, first, unit="gpu", layer=layer, function=relu)
-            self._add("matmul", r, scores, weight("ffn_pred_b.weight"), unit="gpu", layer=layer)
-            reads, rule["cut"] = f"f {scores}", weight("ffn_pred_cut")
-        up = weight("ffn_up.weight")
-        gate = weight("ffn_gate.weight")
-        self._add("ffn", reads, h, gate, unit="gpu", layer=layer, up=up, function=function, **rule)
-        if plan is None and whole:
-            self._add("matmul", f"{h} x", "x", f"blk.{layer}.ffn_down.weight", unit="gpu", layer=layer)
-            return
-        self._add("down", h, "parts", weight("ffn_down_t.weight"), unit="gpu", layer=layer)
-        if whole:
-            self._add("merge", "x parts", "x", unit="gpu", layer=layer)
+            add("matmul", source, r, weight("ffn_pred_a.weight", ""), function=plan.predictor.replace("dejavu", ""))
+        for share, n in shares.items():
+            h, scores = f"gpu.h:{n}", f"gpu.scores:{n}"
+            self.graph.widths |= {h: n, scores: n}
+            if r:
+                add("matmul", r, scores, weight("ffn_pred_b.weight", share))
+            gate, up = weight("ffn_gate.weight", share), weight("ffn_up.weight", share)
+            cut = weight("ffn_pred_cut", share) if r else ""
+            add("ffn", f"f {scores}" if r else "f", h, gate, up=up, function=function, cut=cut, **rule)
+            if plan is None and not share:
+                add("matmul", f"{h} x", "x", weight("ffn_down.weight", ""))
+                continue
+            add("down", h, "parts", weight("ffn_down_t.weight", share))
+            if list(shares) != ["hot"]:
+                add("merge", "x parts", "x")
 
     def _head(self, unit: str) -> None:
         self._need(unit)

@@ -109,8 +109,10 @@ class Engine:
         wanted = [layer for layer in range(c.n_layer) if self.plan or n_hot[layer] not in whole]
         if not from_t:
             add_down_t(self._tensors, wanted, self.n_threads, progress)
-        add_cold(self._tensors, c, placement.hot)
-        graph = build(c, self.plan, self._ranks(), Split(placement.attention, n_hot, placement.head))
+        mapped = placement.cold == "mapped"
+        if not mapped:
+            add_cold(self._tensors, c, placement.hot)
+        graph = build(c, self.plan, self._ranks(), Split(placement.attention, n_hot, placement.head, mapped))
         cpu = self._lower(graph, progress)
         sizes = {"tokens": MICRO_BATCH, "outputs": MAX_OUTPUTS}
         try:
@@ -124,7 +126,8 @@ class Engine:
             for layer in wanted:
                 if n_hot[layer]:
                     self._tensors.drop(f"blk.{layer}.ffn_down_t.weight")
-        return HybridExecutor(segments, cpu, gpu, n_hot, trace)
+        computed = tuple(c.n_ff if n and mapped else n for n in n_hot)
+        return HybridExecutor(segments, cpu, gpu, computed, trace)
 
     def _lower(self, graph: Graph, progress: Callable[[str], None] | None) -> CPUExecutor:
         return CPUExecutor(

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a model takes beside its weights; imports no Numba, so that one can plan for any machine."""
+"""How much of a GPU's memory a model takes beside its weights; imports no Numba, so that any machine can plan."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def work_bytes(
     ranks: tuple[int, ...] = (),
     processors: int = 132,
 ) -> int:
-    """Values between kernels, tables and scratch, at most: what Buffers and Lowering allocate for a model of which
-    something of every kind is on the GPU. ranks: of the predictors. processors: of the GPU.
+    """Values between kernels, tables and scratch: what is allocated where something of every kind is on the GPU.
+
+    ranks: of the predictors. processors: of the GPU.
     """
     c = config
     heads = Heads(c.n_head, c.n_head_kv, c.head_dim_k, c.head_dim_v)
-    q, k, v, att = c.n_head * c.head_dim_k, c.n_head_kv * c.head_dim_k, c.n_head_kv * c.head_dim_v, c.n_head * c.head_dim_v
-    row = 4 * c.n_embd + q + k + v + att + c.n_ff  # x, a, f, base, q, k, v, att, h
+    row = 4 * c.n_embd + c.n_ff  # x, a, f, base, h
+    row += (c.n_head + c.n_head_kv) * (c.head_dim_k + c.head_dim_v)  # q, k, v, att
     if ranks:
         row += c.n_ff + sum(set(ranks))  # scores, and r of each width
     floats = max_tokens * row + max_outputs * (c.n_vocab + c.n_embd)

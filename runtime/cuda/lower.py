@@ -76,15 +76,27 @@ class Lowering:
                     f"GPU; supported: {', '.join(KINDS)}"
                 )
             data = self.tensors.data(base).reshape(info.n_rows, -1)
-            data = data[self.hot[_layer(base)]] if part else data
-            self._weights[name] = kind, tuple(map(self.device.upload, pack(kind, data, k))), len(data), k
+            data = data[self._ids(base, part)] if part else data
+            put = self._map if part == "cold" else self.device.upload
+            self._weights[name] = kind, tuple(map(put, pack(kind, data, k))), len(data), k
         return self._weights[name]
+
+    def _ids(self, tensor: str, part: str) -> np.ndarray:
+        """The hot or cold neurons of a tensor's layer."""
+        hot = self.hot[int(tensor.split(".")[1])]  # blk.N.name
+        return hot if part == "hot" else np.setdiff1d(np.arange(self.config.n_ff), hot)
+
+    def _map(self, array: np.ndarray) -> Any:
+        """An array that stays in the host's memory, where kernels read it."""
+        mapped = self.device.mapped(array.shape, array.dtype)
+        self.device.host_view(mapped)[:] = array
+        return mapped
 
     def _vector(self, name: str) -> Any:
         """A float32 vector on the device."""
         base, _, part = name.partition("@")
         values = np.ascontiguousarray(self.tensors.dequantized(base), np.float32).reshape(-1)
-        return self.device.upload(values[self.hot[_layer(base)]] if part else values)
+        return self.device.upload(values[self._ids(base, part)] if part else values)
 
     def _norm(self, node: Node) -> Launch:
         kernel, stream, count = jit.load("norm"), self.stream, self._count(node)
@@ -195,8 +207,3 @@ class Lowering:
             jit.load(name)(grid, stream, base, self._parts(n_tok), out, n_tok)
 
         return run
-
-
-def _layer(tensor: str) -> int:
-    """The layer's number in blk.N.name."""
-    return int(tensor.split(".")[1])
