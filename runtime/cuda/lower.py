@@ -191,6 +191,7 @@ class Lowering:
     def _down(self, node: Node) -> Launch:
         kind, arrays, n, k = self._weight(node.weight)
         h, stream = self.buffers.value(node.reads[0]), self.stream
+        self._parts(1)  # so that it is counted before the first step
 
         def run(n_tok: int, n_out: int) -> None:
             name, grid = down_launch(kind, k, n_tok)
