@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 from ...formats.errors import ParameterError
 
 RUN = 8  # weights that a thread reads at once
+CHUNK = 1 << 17  # weights packed at a time: what is in between stays in the CPU's cache
 
 Bytes = NDArray[np.uint8]
+Eights = NDArray[np.uint64]  # a run's codes, a byte each
 Arrays = tuple[NDArray[Any], ...]
 
 
@@ -59,11 +61,16 @@ def pack(kind: str, data: Bytes, k: int) -> Arrays:
         raise ParameterError(f"pack: got {data.dtype} {data.shape}, wanted uint8 [n_rows, {row_bytes}] for {kind}")
     if padded != k:
         data = np.pad(data, ((0, 0), (0, (padded - k) * packing.size)))
-    parts = packing.split(np.ascontiguousarray(data).reshape(-1, packing.size))
-    return tuple(
-        np.ascontiguousarray(part).reshape(-1).view(dtype)
-        for part, (dtype, _) in zip(parts, packing.arrays, strict=True)
-    )
+    blocks = np.ascontiguousarray(data).reshape(data.size // packing.size, packing.size)
+    weights = len(blocks) * packing.block
+    arrays = tuple(np.empty(weights // share, dtype) for dtype, share in packing.arrays)
+    step = CHUNK // packing.block
+    for first in range(0, len(blocks), step):
+        for array, part in zip(arrays, packing.split(blocks[first : first + step]), strict=True):
+            packed = np.ascontiguousarray(part).reshape(-1).view(array.dtype)
+            at = first * array.size // len(blocks)
+            array[at : at + packed.size] = packed
+    return arrays
 
 
 def _packing(kind: str) -> Packing:
@@ -79,51 +86,64 @@ def _padded(packing: Packing, kind: str, k: int) -> int:
     return -(-k // RUN) * RUN
 
 
-def _words(codes: Bytes) -> Bytes:
-    """Runs of 8 codes below 16, uint8 [..., 8], as the 4 bytes of a word: code b from bit 4 b on."""
-    out: Bytes = codes[..., ::2] | codes[..., 1::2] << 4
-    return out
+def _mask(byte: int) -> np.uint64:
+    return np.uint64(0x0101010101010101 * byte)
 
 
-def _nibbles(codes: Bytes) -> Bytes:
-    """The low 4 bits of runs of 8 codes, uint8 [..., 8], as 4 bytes: byte b holds code b below and code 4 + b above."""
-    out: Bytes = (codes[..., :4] & 15) | codes[..., 4:] << 4
-    return out
+def _word(codes: Eights) -> NDArray[np.uint32]:
+    """Codes below 16: code b from bit 4 b on."""
+    codes = (codes | codes >> np.uint64(4)) & np.uint64(0x00FF00FF00FF00FF)
+    codes = (codes | codes >> np.uint64(8)) & np.uint64(0x0000FFFF0000FFFF)
+    return (codes | codes >> np.uint64(16)).astype(np.uint32)
 
 
-def _spread(codes: Bytes) -> NDArray[np.uint16]:
-    """Runs of 8 two-bit codes, uint8 [..., 8], as a uint16 each: code b is at bit _TWO[b].
+def _nibbles(codes: Eights) -> NDArray[np.uint32]:
+    """Codes below 16: byte b holds code b below and code 4 + b above."""
+    return (codes | codes >> np.uint64(28)).astype(np.uint32)
+
+
+def _spread(codes: Eights) -> NDArray[np.uint16]:
+    """Codes below 4: code b at bit (4, 12, 0, 8, 6, 14, 2, 10)[b], where a product with four bits puts all of them.
 
     From w = r | r << 20, (w >> 4) & 0x03030303 are then codes 0 to 3 as bytes, and (w >> 6) & 0x03030303 codes 4 to 7.
     """
-    out: NDArray[np.uint16] = np.bitwise_or.reduce(codes.astype(np.uint16) << _TWO, axis=-1)
-    return out
+    return (codes * np.uint64(2**52 + 2**32 + 2**22 + 2**2) >> np.uint64(48)).astype(np.uint16)
 
 
-def _ones(bits: Bytes) -> Bytes:
-    """Runs of 8 bits, uint8 [..., 8], as a byte each: bit b of a run is at bit _ONE[b].
+def _ones(codes: Eights) -> Bytes:
+    """Codes below 2: code b at bit (3, 2, 1, 0, 7, 6, 5, 4)[b], likewise.
 
-    From w = r * (1 + 2**9 + 2**18 + 2**27), (w >> 3) & 0x01010101 are then bits 0 to 3, (w >> 7) & 0x01010101 the rest.
+    From w = r * (1 + 2**9 + 2**18 + 2**27), (w >> 3) & 0x01010101 are then codes 0 to 3, and (w >> 7) & 0x01010101
+    codes 4 to 7.
     """
-    out: Bytes = np.bitwise_or.reduce(bits << _ONE, axis=-1)
-    return out
+    places = (59, 50, 41, 32, 31, 22, 13, 4)
+    return (codes * np.uint64(sum(2**place for place in places)) >> np.uint64(56)).astype(np.uint8)
 
 
-_TWO = np.array([4, 12, 0, 8, 6, 14, 2, 10], np.uint16)
-_ONE = np.array([3, 2, 1, 0, 7, 6, 5, 4], np.uint8)
+def _eights(data: Bytes) -> Eights:
+    """Bytes [n, 8 g] as [n, g]."""
+    eights: Eights = np.ascontiguousarray(data).view("<u8")
+    return eights
 
 
-def _runs(codes: Bytes) -> Bytes:
-    return codes.reshape(len(codes), codes.shape[1] // RUN, RUN)
+def _halves(data: Bytes, span: int) -> Eights:
+    """Bytes of two codes: of every `span` bytes first all low nibbles, then all high ones."""
+    both = _eights(data).reshape(len(data), data.shape[1] // span, span // 8)
+    codes = np.concatenate([both & _mask(15), both >> np.uint64(4) & _mask(15)], axis=2)
+    return codes.reshape(len(data), data.shape[1] // 4)
 
 
-def _halves(qs: Bytes) -> Bytes:
-    """Bytes of nibbles -> codes in order: first all low ones, then all high ones."""
-    return np.concatenate([qs & 15, qs >> 4], axis=-1)
+def _crumbs(data: Bytes) -> Eights:
+    """Bytes of four codes: of every 32 bytes first all lowest two bits, then the next."""
+    four = _eights(data).reshape(len(data), data.shape[1] // 32, 1, 4)
+    codes = four >> np.arange(0, 8, 2, dtype=np.uint64)[:, None] & _mask(3)
+    return codes.reshape(len(data), data.shape[1] // 2)
 
 
-def _bits(packed: Bytes) -> Bytes:
-    return np.unpackbits(packed, axis=-1, bitorder="little")
+def _bits(data: Bytes) -> Eights:
+    """32 bytes of eight codes: first all lowest bits, then the next."""
+    codes = _eights(data)[:, None] >> np.arange(8, dtype=np.uint64)[:, None] & _mask(1)
+    return codes.reshape(len(data), 32)
 
 
 def _float(data: Bytes) -> Arrays:
@@ -131,23 +151,27 @@ def _float(data: Bytes) -> Arrays:
 
 
 def _q4_0(data: Bytes) -> Arrays:
-    return _words(_runs(_halves(data[:, 2:]))), data[:, :2]
+    return _word(_halves(data[:, 2:], 16)), data[:, :2]
 
 
 def _q4_1(data: Bytes) -> Arrays:
-    return _words(_runs(_halves(data[:, 4:]))), data[:, :4]
+    return _word(_halves(data[:, 4:], 16)), data[:, :4]
+
+
+# A byte of Q5_0's or Q5_1's high bits, which are in the order of the weights -> the byte of _ones.
+_ORDERED = _ones(_eights(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")))[:, 0]
 
 
 def _q5_0(data: Bytes) -> Arrays:
-    return _nibbles(_runs(_halves(data[:, 6:]))), _ones(_runs(_bits(data[:, 2:6]))), data[:, :2]
+    return _nibbles(_halves(data[:, 6:], 16)), _ORDERED[data[:, 2:6]], data[:, :2]
 
 
 def _q5_1(data: Bytes) -> Arrays:
-    return _nibbles(_runs(_halves(data[:, 8:]))), _ones(_runs(_bits(data[:, 4:8]))), data[:, :4]
+    return _nibbles(_halves(data[:, 8:], 16)), _ORDERED[data[:, 4:8]], data[:, :4]
 
 
 def _q8_0(data: Bytes) -> Arrays:
-    return data[:, 2:] ^ 128, data[:, :2]
+    return data[:, 2:] ^ np.uint8(128), data[:, :2]
 
 
 def _six_bit(scales: Bytes) -> Bytes:
@@ -158,42 +182,30 @@ def _six_bit(scales: Bytes) -> Bytes:
     return np.stack([scale, minimum], axis=-1)
 
 
-def _k_nibbles(qs: Bytes) -> Bytes:
-    """128 bytes -> 256 codes: each 32 bytes hold 32 low nibbles, then 32 high ones."""
-    return _halves(qs.reshape(-1, 4, 32)).reshape(-1, 256)
-
-
 def _q4_k(data: Bytes) -> Arrays:
-    return _words(_runs(_k_nibbles(data[:, 16:]))), _six_bit(data[:, 4:16]), data[:, :4]
+    return _word(_halves(data[:, 16:], 32)), _six_bit(data[:, 4:16]), data[:, :4]
 
 
 def _q5_k(data: Bytes) -> Arrays:
-    high = np.stack([data[:, 16:48] >> group & 1 for group in range(8)], axis=1).reshape(-1, 256)
-    return _nibbles(_runs(_k_nibbles(data[:, 48:]))), _ones(_runs(high)), _six_bit(data[:, 4:16]), data[:, :4]
-
-
-def _crumbs(qs: Bytes) -> Bytes:
-    """Bytes [n, g * 32] of two-bit codes -> codes [n, g * 128]: of each 32 bytes the lowest two bits come first."""
-    groups = qs.reshape(len(qs), qs.shape[1] // 32, 1, 32)
-    return (groups >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3).reshape(len(qs), qs.shape[1] * 4)
+    codes, high = _halves(data[:, 48:], 32), _bits(data[:, 16:48])
+    return _nibbles(codes), _ones(high), _six_bit(data[:, 4:16]), data[:, :4]
 
 
 def _q6_k(data: Bytes) -> Arrays:
-    low = _halves(data[:, :128].reshape(-1, 2, 64)).reshape(-1, 256)
-    return _nibbles(_runs(low)), _spread(_runs(_crumbs(data[:, 128:192]))), data[:, 192:208], data[:, 208:]
+    codes, high = _halves(data[:, :128], 64), _crumbs(data[:, 128:192])
+    return _nibbles(codes), _spread(high), data[:, 192:208], data[:, 208:]
 
 
 def _q2_k(data: Bytes) -> Arrays:
-    return _spread(_runs(_crumbs(data[:, 16:80]))), data[:, :16], data[:, 80:]
+    return _spread(_crumbs(data[:, 16:80])), data[:, :16], data[:, 80:]
 
 
 def _q3_k(data: Bytes) -> Arrays:
-    high = np.stack([data[:, :32] >> group & 1 for group in range(8)], axis=1).reshape(-1, 256)
     low, third = data[:, 96:104], data[:, 104:108]
     scale = np.concatenate([low & 15, low >> 4], axis=1)
     scale |= np.concatenate([third >> shift & 3 for shift in (0, 2, 4, 6)], axis=1) << 4
     signed = (scale.astype(np.int8) - np.int8(32)).view(np.uint8)
-    return _spread(_runs(_crumbs(data[:, 32:96]))), _ones(_runs(high)), signed, data[:, 108:]
+    return _spread(_crumbs(data[:, 32:96])), _ones(_bits(data[:, :32])), signed, data[:, 108:]
 
 
 _CODES = (np.uint32, 8)

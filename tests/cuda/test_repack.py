@@ -97,6 +97,15 @@ def test_floats_are_filled_up_to_whole_runs(kind: str) -> None:
     assert not got[:, 13:].any()
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "F16"])
+def test_more_than_a_chunk(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = naive.random_blocks(QType[kind], 5, 512, np.random.default_rng(5))
+    want = pack(kind, raw, 512)
+    monkeypatch.setattr("hotcold.runtime.cuda.repack.CHUNK", 768)
+    for a, b in zip(pack(kind, raw, 512), want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_no_rows() -> None:
     for kind in KINDS:
         empty = pack(kind, np.zeros((0, PACKINGS[kind].size), np.uint8), PACKINGS[kind].block)
