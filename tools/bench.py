@@ -25,8 +25,10 @@ import typer
 from ..formats.errors import UnsupportedError
 from . import console, options
 from .bench_peer import peak_rss
+from .gpu import GPUOptions, opened, timeline
 
 if TYPE_CHECKING:
+    from ..formats.section import Placement
     from ..runtime.engine import Engine, Sequence
 
 SHORT_PROMPT = 8
@@ -66,15 +68,29 @@ class Side(Protocol):
 class Ours:
     """The engine in this process."""
 
-    def __init__(self, path: Path, n_ctx: int, n_threads: int | None, sparsity: str, stack: ExitStack) -> None:
+    def __init__(
+        self, path: Path, n_ctx: int, n_threads: int | None, sparsity: str, gpu: GPUOptions, stack: ExitStack
+    ) -> None:
         from ..runtime.engine import Engine  # imported before the clock starts, as the peer's library is
 
         status = console.StatusLine()
         stack.callback(status.clear)
-        start = time.perf_counter()
-        engine = Engine(path, n_ctx=n_ctx, n_threads=n_threads, sparsity=sparsity, progress=status)
-        self.engine: Engine = stack.enter_context(engine)
-        self.load_s = time.perf_counter() - start
+        trace = stack.enter_context(timeline(gpu))
+
+        def make(placement: Placement | None) -> Engine:
+            self.load_s = -time.perf_counter()
+            return Engine(
+                path,
+                n_ctx=n_ctx,
+                n_threads=n_threads,
+                sparsity=sparsity,
+                placement=placement,
+                trace=trace,
+                progress=status,
+            )
+
+        self.engine: Engine = stack.enter_context(opened(gpu, path, n_ctx, n_threads, sparsity, status, make))
+        self.load_s += time.perf_counter()
         self.first_token_s = self.load_s + self.prompt(token_ids(self.engine.n_vocab, SHORT_PROMPT))
         status.clear()
 
@@ -191,6 +207,10 @@ def bench(
     repetitions: Repetitions = 5,
     threads: options.Threads = None,
     sparsity: options.Sparsity = "auto",
+    vram_budget: options.VramBudget = None,
+    require_gpu: options.RequireGpu = False,
+    cold: options.Cold = "auto",
+    trace: options.TraceFile = None,
     against: Peer = None,
     peer_python: PeerPython = None,
     as_json: options.AsJson = False,
@@ -199,7 +219,7 @@ def bench(
     path = console.find_model(model)
     n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
     with ExitStack() as stack:
-        ours = Ours(path, n_ctx, threads, sparsity, stack)
+        ours = Ours(path, n_ctx, threads, sparsity, GPUOptions(vram_budget, require_gpu, cold, trace), stack)
         n_vocab, used = ours.engine.n_vocab, ours.engine.n_threads
         _warn_if_busy()
         sides: list[Side] = [ours]

@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..formats.errors import HotcoldError, ParameterError
-from . import console, options
+from . import console, gpu, options
 from .conversation import CHAT_LENGTH, Conversation
 from .fence import FENCE, fence_open, unfenced
 from .run import read_stdin
@@ -40,6 +40,10 @@ def chat(
     threads: options.Threads = None,
     ctx: options.Context = None,
     sparsity: options.Sparsity = "auto",
+    vram_budget: options.VramBudget = None,
+    require_gpu: options.RequireGpu = False,
+    cold: options.Cold = "auto",
+    trace: options.TraceFile = None,
 ) -> None:
     """Chat with a model, or answer what is piped in."""
     interactive = sys.stdin.isatty()
@@ -47,7 +51,8 @@ def chat(
     if not interactive and not question:
         raise ParameterError("stdin: got nothing, wanted a message; run `hotcold chat` in a terminal to talk")
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
-    with console.open_llm(model, ctx, threads, sparsity) as llm:
+    wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted) as llm:
         if "repeat_penalty" not in llm.config.sampling:
             chosen.setdefault("repeat_penalty", REPEAT_PENALTY)
         talk = Conversation(llm, model, system, chosen, n_predict)

@@ -12,7 +12,6 @@ from ..formats.errors import ModelNotFoundError
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
-    from ..runtime.llm import LLM
     from ..runtime.models import Progress
 
 CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if code not in (0x09, 0x0A)}
@@ -161,21 +160,6 @@ def find_model(name: str) -> Path:
     except ModelNotFoundError:
         with download_bar() as progress:
             return models.resolve(name, progress)
-
-
-@contextmanager
-def open_llm(name: str, n_ctx: int | None, n_threads: int | None, sparsity: str = "auto") -> Iterator[LLM]:
-    """The model `name` (pulled if need be), its loading and first compilation shown on stderr."""
-    path = find_model(name)
-    status = StatusLine()
-    try:
-        from ..runtime.llm import LLM
-
-        with LLM(path, n_ctx=n_ctx or None, n_threads=n_threads, sparsity=sparsity, progress=status) as llm:
-            status.clear()
-            yield llm
-    finally:
-        status.clear()
 
 
 @contextmanager

@@ -33,6 +33,17 @@ Sparsity = Annotated[
     str,
     Option("--sparsity", metavar="MODE", help="Neurons computed: auto, dense, exact, threshold=D or predict."),
 ]
+VramBudget = Annotated[
+    str | None,
+    Option("--vram-budget", metavar="B", help="Use the GPU, with at most B of its memory: 8GiB, 70%, auto."),
+]
+RequireGpu = Annotated[bool, Option("--require-gpu", help="Fail where the GPU cannot be used.")]
+Cold = Annotated[
+    str, Option("--cold", metavar="WHO", help="Computes what is not on the GPU: cpu, mapped (the GPU), auto.")
+]
+TraceFile = Annotated[
+    Path | None, Option("--trace", metavar="FILE.json", help="Write a timeline of the CPU and the GPU.")
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 Prompt = Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads stdin.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import console, options
+from . import console, gpu, options
 from .conversation import CHAT_LENGTH
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def run(
     threads: options.Threads = None,
     ctx: options.Context = None,
     sparsity: options.Sparsity = "auto",
+    vram_budget: options.VramBudget = None,
+    require_gpu: options.RequireGpu = False,
+    cold: options.Cold = "auto",
+    trace: options.TraceFile = None,
     timings: Timings = False,
 ) -> None:
     """Complete a prompt, or answer it (--chat)."""
@@ -60,7 +64,8 @@ def run(
     if n_predict is None:
         n_predict = CHAT_LENGTH if chat else RAW_LENGTH
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
-    with console.open_llm(model, ctx, threads, sparsity) as llm:
+    wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})

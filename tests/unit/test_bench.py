@@ -60,8 +60,8 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
     class Engine(fakes.FakeEngine):
-        def __init__(self, path: Path, *, n_ctx: int, n_threads: int | None, sparsity: str, progress: Any) -> None:
-            assert sparsity == "auto"
+        def __init__(self, path: Path, *, n_ctx: int, n_threads: int | None, sparsity: str, **rest: Any) -> None:
+            assert sparsity == "auto" and rest["placement"] is rest["trace"] is None
             super().__init__(lambda tokens: None, n_ctx)
             self.n_threads = n_threads or 2
             made.append(self)

@@ -16,7 +16,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from talks import HELLO, make_talk, roles
 
-from hotcold.tools import chat, console, fence
+from hotcold.tools import chat, fence, gpu
 from hotcold.tools.commands import CommandCompleter
 from hotcold.tools.conversation import Conversation
 
@@ -187,7 +187,7 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         opened.append(arguments)
         yield fakes.make(fakes.saying(*HELLO))
 
-    monkeypatch.setattr(console, "open_llm", open_llm)
+    monkeypatch.setattr(gpu, "open_llm", open_llm)
     return opened
 
 
@@ -198,7 +198,7 @@ def test_piped_chat_answers_once(fake_llm: list[Any]) -> None:
 
     result = CliRunner().invoke(app, ["chat", "--temp", "0", "-t", "1", "-c", "99"], input="hi\nthere\n")
     assert (result.exit_code, result.stdout) == (0, "Hello\n")
-    assert fake_llm == [("smollm2", 99, 1, "auto")]
+    assert fake_llm == [("smollm2", 99, 1, "auto", gpu.GPUOptions())]
 
 
 def test_piped_nothing_is_an_error(fake_llm: list[Any]) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from hotcold.formats.errors import HotcoldError
 from hotcold.formats.gguf import GGUFFile
-from hotcold.tools import console, options, show
+from hotcold.tools import console, gpu, options, show
 from hotcold.tools.cli import app
 
 HELLO = (fakes.HEL, fakes.LO)
@@ -39,7 +39,7 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         opened.append((arguments, llm))
         yield llm
 
-    monkeypatch.setattr(console, "open_llm", open_llm)
+    monkeypatch.setattr(gpu, "open_llm", open_llm)
     return opened
 
 
@@ -161,9 +161,10 @@ def test_starting_imports_little() -> None:
 
 def test_run_prints_only_the_text(fake_llm: list[Any]) -> None:
     options = ("--temp", "0", "-c", "77", "-t", "3", "--sparsity", "threshold=0.5")
+    options += ("--vram-budget", "2GiB", "--require-gpu", "--cold", "mapped")
     result = invoke("run", "m", "-p", "x?", *options)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Hello\n", "")
-    assert fake_llm[0][0] == ("m", 77, 3, "threshold=0.5")
+    assert fake_llm[0][0] == ("m", 77, 3, "threshold=0.5", gpu.GPUOptions("2GiB", True, "mapped"))
 
 
 def test_run_reads_its_prompt_from_anywhere(fake_llm: list[Any], tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_seed_repeats_the_text(fake_llm: list[Any], monkeypatch: pytest.MonkeyPa
     def noise(*arguments: Any) -> Generator[Any, None, None]:
         yield fakes.make()
 
-    monkeypatch.setattr(console, "open_llm", noise)
+    monkeypatch.setattr(gpu, "open_llm", noise)
     texts = [invoke("run", "m", "-p", "x", "-n", "20", "--seed", seed).stdout for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
 
