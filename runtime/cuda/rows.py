@@ -101,13 +101,27 @@ def one_row(kind: str, threads: int) -> Device:
     """(w, x, t, row, k, me) -> thread `me`'s part of the product of x[t] and one row."""
     load, product, floats, step = READERS[kind].load, dot(kind), vector(kind), np.uint64(threads)
 
+    @device
+    def one(r, x, t, j, k):  # type: ignore[no-untyped-def]
+        v = floats(x, t, j, k)
+        return product(r, v, _sum(v))
+
     def part(w, x, t, row, k, me):  # type: ignore[no-untyped-def]
         runs = _runs(k)
+        g = row * runs
         s = np.float32(0.0)
-        for j in range(me, runs, step):
-            r = load(w, row * runs, j)
-            v = floats(x, t, j, k)
-            s += product(r, v, _sum(v))
+        j = me
+        while j + _3 * step < runs:  # four loads under way, as with four rows
+            r0, r1 = load(w, g, j), load(w, g, j + step)
+            r2, r3 = load(w, g, j + _2 * step), load(w, g, j + _3 * step)
+            s += one(r0, x, t, j, k)
+            s += one(r1, x, t, j + step, k)
+            s += one(r2, x, t, j + _2 * step, k)
+            s += one(r3, x, t, j + _3 * step, k)
+            j += _4 * step
+        while j < runs:
+            s += one(load(w, g, j), x, t, j, k)
+            j += step
         return s
 
     return device(part)
