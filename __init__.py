@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine as Engine
     from .runtime.llm import LLM as LLM
     from .runtime.sampler import SamplingParams as SamplingParams
+    from .solver.placement import place as place
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOMES = {
     "SamplingParams": ".runtime.sampler",
     "GGUFFile": ".formats.gguf",
     "HotcoldError": ".formats.errors",
+    "place": ".solver.placement",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -37,8 +37,6 @@ for name in jit.names()[int(sys.argv[1]) :: int(sys.argv[2])]:
 
 
 def test_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("numba_cuda")
-    pytest.importorskip("nvidia")
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     workers = [

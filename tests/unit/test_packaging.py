@@ -46,7 +46,7 @@ def test_installed_files_equal_the_tree() -> None:
 
 def test_public_names() -> None:
     assert sorted(hotcold.__all__) == [
-        "Engine", "GGUFFile", "HotcoldError", "LLM", "SamplingParams", "__version__",
+        "Engine", "GGUFFile", "HotcoldError", "LLM", "SamplingParams", "__version__", "place",
     ]  # fmt: skip
     assert dir(hotcold) == sorted(hotcold.__all__)
     for name in hotcold.__all__:
