@@ -172,10 +172,10 @@ def sweep(path: Path, device: Device) -> list[Row]:
         return rows
     for share in BUDGETS:
         budget = int(full.nbytes * share) if share < 1 else full.nbytes + (64 << 20)
-        for objective in ("time", "naive"):
-            what = f"ReLU: {share:4.0%} {'placed' if objective == 'time' else 'naive'}"
+        for objective, name in (("ours", "placed"), ("layers", "naive")):
+            what = f"ReLU: {share:4.0%} {name}"
             try:
-                placement = place(path, budget=budget, n_ctx=N_CTX, objective=objective)
+                placement = place(path, budget, n_ctx=N_CTX, objective=objective).placement
             except HotcoldError as error:
                 rows.append(Row(what, 0.0, 0, budget, f"{type(error).__name__}: {error}"))
                 continue
