@@ -132,7 +132,6 @@ class _Decoder:
         width = f":{n_cold}" if n_cold else ""
         gate, up, h, scores, picked = (f"{value}{width}" for value in ("gate", "up", "h", "scores", "picked"))
         self.graph.widths |= dict.fromkeys((gate, up, h, scores, picked), n_cold or self.config.n_ff)
-        rule: dict[str, str | float] = {"threshold": threshold}
 
         def weight(name: str) -> str:
             tensor = f"blk.{layer}.{name}"
@@ -140,7 +139,7 @@ class _Decoder:
 
         def add(op: str, reads: str, writes: str, name: str = "", branch: str = "", **rest: str | float) -> None:
             tensor = weight(f"{name}.weight") if name else ""
-            self._add(op, reads, writes, tensor, layer=layer, branch=branch, **rest)
+            self._add(op, reads, writes, tensor, "cpu", layer=layer, branch=branch, **rest)
 
         add("norm", "x", "f", "ffn_norm")
         limit = n_cold or plan.limit
@@ -160,11 +159,11 @@ class _Decoder:
             add("activate", f"{gate} {up} {scores}", f"{gate} {h}", "", "dense", function=function, cut=cut)
         else:
             add("matmul", "f", gate, "ffn_gate")
-            add("select", gate, f"{active} {picked}", limit=limit, **rule)
-            add("rows", f"f {picked} {active}", up, "ffn_up", "sparse", function=function, **rule)
+            add("select", gate, f"{active} {picked}", limit=limit, threshold=threshold)
+            add("rows", f"f {picked} {active}", up, "ffn_up", "sparse", function=function, threshold=threshold)
             add("down", f"{up} x {active}", "x", "ffn_down_t", "sparse")
             add("matmul", "f", up, "ffn_up", "dense")
-            add("activate", f"{gate} {up}", f"{gate} {h}", "", "dense", function=function, **rule)
+            add("activate", f"{gate} {up}", f"{gate} {h}", "", "dense", function=function, threshold=threshold)
         if plan.dense_from_t or n_cold:
             add("matmul_t", f"{h} x", "x", "ffn_down_t", "dense")
         else:
@@ -176,15 +175,14 @@ class _Decoder:
         They are added to x, unless they are only the hot ones: then their sums stay in parts for a merge to come.
         """
         plan, function = self.plan, self.config.activation
-        rule: dict[str, str | float] = {"threshold": plan.thresholds[layer] if plan else 0.0}
-        where = {"unit": "gpu", "layer": layer}
+        threshold = plan.thresholds[layer] if plan else 0.0
 
         def weight(name: str, share: str) -> str:
             tensor = f"blk.{layer}.{name}"
             return part(tensor, share) if share else tensor
 
         def add(op: str, reads: str, writes: str, tensor: str = "", **rest: str | float) -> None:
-            self._add(op, reads, writes, tensor, **where, **rest)  # type: ignore[arg-type]
+            self._add(op, reads, writes, tensor, "gpu", layer=layer, **rest)
 
         add("norm", "x", "f", weight("ffn_norm.weight", ""))
         r = ""
@@ -199,7 +197,8 @@ class _Decoder:
                 add("matmul", r, scores, weight("ffn_pred_b.weight", share))
             gate, up = weight("ffn_gate.weight", share), weight("ffn_up.weight", share)
             cut = weight("ffn_pred_cut", share) if r else ""
-            add("ffn", f"f {scores}" if r else "f", h, gate, up=up, function=function, cut=cut, **rule)
+            reads = f"f {scores}" if r else "f"
+            add("ffn", reads, h, gate, up=up, function=function, threshold=threshold, cut=cut)
             if plan is None and not share:
                 add("matmul", f"{h} x", "x", weight("ffn_down.weight", ""))
                 continue
