@@ -168,11 +168,17 @@ class Section:
             return self.image.get(f"hotcold.placement.{key}", 0, int)
 
         return Placement(
-            hot,
-            tuple(flag == "1" for flag in text("attention")),
-            number("head") == 1,
-            *(number(key) for key in ("n_ctx", "budget", "group")),
-            *(text(key) for key in ("cold", "objective", "hardware", "sparsity", "profile")),
+            hot=hot,
+            attention=tuple(flag == "1" for flag in text("attention")),
+            head=number("head") == 1,
+            n_ctx=number("n_ctx"),
+            budget=number("budget"),
+            group=number("group"),
+            cold=text("cold"),
+            objective=text("objective"),
+            hardware=text("hardware"),
+            sparsity=text("sparsity"),
+            profile=text("profile"),
         )
 
     def checked(self, name: str) -> NDArray[np.uint8]:

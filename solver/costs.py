@@ -27,7 +27,7 @@ from .problem import Layer, Part, Problem
 
 GROUP = 64  # neurons
 USUAL_CONTEXT = 512  # tokens in the KV cache, for which times are predicted
-# Kernels of a token: norm, q, k, v, rope, attention (2), output; norm, ffn, down, merge, and a predictor's two; the head
+# Kernels: norm, q, k, v, rope, attention (2), output; norm, ffn, down, merge; a predictor's two; norm, output
 ATTENTION_KERNELS, FFN_KERNELS, PREDICTOR_KERNELS, HEAD_KERNELS = 8, 4, 2, 2
 _SMALL, _SLOT, _PAGE = 1 << 20, 512, 2 << 20
 
@@ -36,12 +36,12 @@ _SMALL, _SLOT, _PAGE = 1 << 20, 512, 2 << 20
 class Costs:
     """A problem and what it was made from.
 
-    freq: float64 [n_layer, n_ff], how often each neuron's up and down are read. digest: of the profile, "" without one.
-    note: what the user should know about the frequencies, or "". dense_cpu: seconds of a dense token on the CPU.
+    mode: of sparsity, as sparsity.py writes it. digest: of the profile, "" without one. note: what the user should know
+    about the frequencies, or "". dense_cpu: seconds of a dense token on the CPU.
     """
 
     problem: Problem
-    freq: NDArray[np.float64]
+    mode: str
     digest: str
     note: str
     dense_cpu: float
@@ -117,7 +117,7 @@ def costs(
     )
     dense = sum(layer.attention.cpu for layer in layers) + problem.head.cpu
     dense += sum(maker.file_ffn(number) for number in range(config.n_layer)) / maker.cpu
-    return Costs(problem, freq, digest, note, dense)
+    return Costs(problem, str(chosen.sparsity) if chosen else "dense", digest, note, dense)
 
 
 def _frequencies(

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _FORMAT = 1  # of what is kept; a new one is measured again
 _LARGEST = 2**20  # bytes of a JSON file
+_COUNT = re.compile(r"[1-9][0-9]{0,5}")
 Progress = Callable[[str], None]
 
 
@@ -100,8 +101,7 @@ def _checked(path: Path, data: dict[str, Any]) -> Hardware:
 
     def number(key: str, value: object, whole: bool = False, zero: bool = False) -> Any:
         kinds = (int,) if whole else (int, float)
-        fits = type(value) in kinds and math.isfinite(value) and (value > 0 or zero and value == 0) and value < 2**62  # type: ignore[arg-type, operator]
-        if not fits:
+        if not (type(value) in kinds and 0 <= value < 2**62 and (value or zero)):  # type: ignore[operator]
             wanted = f"a {'whole ' if whole else ''}number {'of at least 0' if zero else 'above 0'}"
             raise FormatError(path, f"key '{key}'", ascii(value)[:60], wanted)
         return value if whole else float(value)  # type: ignore[arg-type]
@@ -109,12 +109,12 @@ def _checked(path: Path, data: dict[str, Any]) -> Hardware:
     if not isinstance(data["name"], str) or not data["name"].strip():
         raise FormatError(path, "key 'name'", ascii(data["name"])[:60], "a text")
     threads = data["cpu_read"]
-    if not isinstance(threads, dict) or not threads or not all(n.isascii() and n.isdecimal() and int(n) for n in threads):
+    if not isinstance(threads, dict) or not threads or not all(map(_COUNT.fullmatch, threads)):
         wanted = 'bandwidths by number of threads, such as {"1": 2e10, "8": 6e10}'
         raise FormatError(path, "key 'cpu_read'", ascii(threads)[:60], wanted)
     return Hardware(
         name=data["name"].strip(),
-        cpu_read={int(n): number(f"cpu_read.{n}", speed) for n, speed in sorted(threads.items(), key=lambda i: int(i[0]))},
+        cpu_read={int(n): number(f"cpu_read.{n}", threads[n]) for n in sorted(threads, key=int)},
         gpu_read=number("gpu_read", data["gpu_read"]),
         link_latency=number("link_latency", data["link_latency"], zero=True),
         link_bandwidth=number("link_bandwidth", data["link_bandwidth"]),

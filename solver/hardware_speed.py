@@ -31,12 +31,13 @@ def cpu_read(threads: int, nbytes: int = CPU_BYTES) -> dict[int, float]:
         nbytes = max(1 << 20, min(nbytes, available // 8))
     data = np.ones(nbytes // 8, np.int64)
     counts = sorted({1 << power for power in range(threads.bit_length()) if 1 << power <= threads} | {threads})
-    found = {}
-    for count in counts:
+
+    def bandwidth(count: int) -> float:
         pieces = np.array_split(data, count * 4)
         with ThreadPoolExecutor(count) as pool:
-            found[count] = data.nbytes / _best(lambda pieces=pieces, pool=pool: list(pool.map(np.add.reduce, pieces)))  # type: ignore[misc]
-    return found
+            return data.nbytes / _best(lambda: list(pool.map(np.add.reduce, pieces)))
+
+    return {count: bandwidth(count) for count in counts}
 
 
 def gpu(device: Device, base: Hardware, nbytes: int = GPU_BYTES, repeats: int = REPEATS) -> Hardware:

@@ -1,20 +1,23 @@
 """The placement as a mixed-integer program for python-mip, in a form whose relaxation is nearly integral.
 
-A token's way through the layers is a path: it enters a layer on one side, crosses to where attention is (a cost if that
-is the other side), and leaves it by one of three doors: no neuron hot, some hot, all hot. x[d] of DESIGN's form are the
-crossings into attention, y[l] the doors. Behind the door "some", weights u[k] >= 0 of the numbers k of hot groups add up
-to it (a[l, g] = sum of u[k] for k > g, so a[l, g] <= y[l] without a row for each), and as a layer's time is convex in k,
-at most two neighbours are not 0: k is rounded down, and what is left of the budget is filled. Relative to the form with
-a row a[l, g] <= y[l] for each group this has 12 rows a layer instead of hundreds, and a tighter relaxation.
+A token's way through the layers is a path: it enters a layer on one side, crosses to where attention is (at a cost if
+that is the other side), and leaves by one of three doors: no neuron hot, some, all. The usual form has a[l, g], how
+much of group g is hot, y[l], whether a layer is split, x[d] for dense parts, and a row a[l, g] <= y[l] for each group.
+Here the crossings are x[d], the doors y[l], and behind the door "some" there are weights u[k] >= 0 of the numbers k of
+hot groups, which add up to it: a[l, g] is the sum of u[k] over k > g, and a[l, g] <= y[l] follows. That takes 10 rows a
+layer instead of hundreds, and the relaxation is tighter. As a layer's time is convex in k, at most two neighbouring
+u[k] are not 0: k is rounded down, and what that leaves of the budget is filled again.
 
-Equal layers can be swapped, which costs a solver hours. It is told how many layers have attention on the GPU, and how
-many have no hot neurons, as integers of their own: to branch on those decides what swaps leave open.
+Equal layers can be swapped, which costs a solver hours. It is told how many layers have attention on the GPU, how many
+have no hot neurons, and how often the way leaves the CPU, as integers of their own: branching on those decides what
+swaps leave open. The last is at least 1: all on the CPU is known from the start, and costs no less than the best.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,7 +28,7 @@ from ..formats.errors import HotcoldError, ParameterError, UnsupportedError
 from .problem import Choice, Problem
 
 SOLVERS = ("cbc", "highs")
-_INTEGRAL = 3000  # numbers of hot groups, up to which every one is a variable of its own that is 0 or 1
+_INTEGRAL = 500  # numbers of hot groups, up to which every one is a variable of its own that is 0 or 1
 _SCALE = 1000.0
 
 
@@ -118,8 +121,13 @@ def solve(
     gap: relative, at which the search ends; time_limit: seconds. Raises ParameterError, UnsupportedError.
     """
     mip = _mip(solver)
+    sizes = np.concatenate([table.ravel() for table in tables.nbytes] + [np.array([tables.head_bytes])])
+    if tables.capacity < sizes[sizes > 0].min(initial=np.iinfo(np.int64).max):  # a program without choices
+        best = min(known, key=tables.value)
+        return Solved(best, "optimal", tables.value(best), 0.0)
     program = _Program(mip, tables, mip.CBC if solver == "cbc" else mip.HIGHS)
     program.model.max_mip_gap = gap / 2  # rounding takes a part of it
+    program.model.preprocess = 0  # it would put sums in place of the integers that count, on which to branch
     status = _optimize(program.model, time_limit)
     # a relaxation that ran out of time has neither a value nor a bound
     value, bound = program.model.objective_value, program.model.objective_bound
@@ -145,9 +153,7 @@ def _mip(solver: str) -> Any:
         raise UnsupportedError("placing neurons needs python-mip: pip install 'hotcold[cuda]'")
     if solver == "highs" and not (find_spec("highspy") or find_spec("highsbox")):
         raise UnsupportedError("the solver highs is not installed: pip install highspy, or use cbc")
-    import mip
-
-    return mip
+    return import_module("mip")
 
 
 def _optimize(model: Any, time_limit: float) -> Any:
@@ -165,7 +171,8 @@ def _optimize(model: Any, time_limit: float) -> Any:
     while thread.is_alive():
         thread.join(0.2)
     if isinstance(result[0], BaseException):
-        raise HotcoldError(f"the solver failed: {result[0]}; try the other one") from result[0]
+        what = " ".join(str(result[0]).split())
+        raise HotcoldError(f"the solver failed: {what}; try the other one") from result[0]
     return result[0]
 
 
@@ -180,21 +187,25 @@ class _Program:
         self.scale = _SCALE / max(sum(finite), *map(abs, tables.head), 1e-30)
         self.objective: list[tuple[Any, float]] = []
         self.budget: list[tuple[Any, float]] = []
-        columns = [[_useful(cost[p]) for p in (0, 1)] for cost in tables.cost]
+        columns = [
+            [_useful(cost[p], size[p]) for p in (0, 1)] for cost, size in zip(tables.cost, tables.nbytes, strict=True)
+        ]
         self.integral = sum(len(each) for pair in columns for each in pair) <= _INTEGRAL
         self.doors: list[dict[tuple[int, int], Any]] = []  # by layer: (attention, 0 none, 1 some, 2 all hot)
         self.weights: list[dict[int, list[tuple[int, Any]]]] = []
-        with_attention, without_hot = [], []
+        with_attention, without_hot, outward = [], [], []
         arriving: list[list[Any]] = [[], []]  # by side: the doors that lead there; the first way starts on the CPU
         for number in range(len(tables.cost)):
             enter = self._crossings(number == 0, arriving)
             with_attention += [enter[0][1], enter[1][1]]
             arriving = self._layer(number, enter, columns[number])
             without_hot += arriving[0]
+            outward += [enter[0][1], *(var for (side, door), var in self.doors[-1].items() if side == 0 and door)]
         last = self._crossings(False, arriving, last=True)
         self.heads = [last[0][1], last[1][1]]
-        for counted in (with_attention, without_hot):
-            count = self.model.add_var(var_type="I", lb=0, ub=len(counted))
+        outward.append(last[0][1])
+        for counted, least in ((with_attention, 0), (without_hot, 0), (outward, 1)):
+            count = self.model.add_var(var_type="I", lb=least, ub=len(counted))
             self._row([(arc, 1.0) for arc in counted] + [(count, -1.0)], 0.0, "=")
         self._row(self.budget, -_SCALE, "<")
         self.model.objective = mip.minimize(self._expression(self.objective, 0.0))
@@ -207,8 +218,8 @@ class _Program:
             k = (0, 0, cost.shape[1] - 1)[door]
             if door == 1:
                 total = sum(var.x for _, var in weights[side]) or 1.0
-                k = int(sum(k * var.x for k, var in weights[side]) / total + 1e-6)
-                k = max(k, weights[side][0][0])
+                mean = sum(k * var.x for k, var in weights[side]) / total + 1e-6
+                k = max((k for k, _ in weights[side] if k <= mean), default=weights[side][0][0])
             hot.append(k)
             attention.append(side == 1)
         return Choice(tuple(hot), tuple(attention), sum(arc.x for arc in self.heads) > 0.5)
@@ -250,11 +261,12 @@ class _Program:
         return leaving
 
     def _var(self, kind: str, cost: float = 0.0, nbytes: int = 0) -> Any:
-        var = self.model.add_var(var_type=kind, lb=0.0, ub=1.0)
+        fits = nbytes <= self.tables.capacity
+        var = self.model.add_var(var_type=kind, lb=0.0, ub=float(fits))
         if cost:
             self.objective.append((var, cost * self.scale))
-        if nbytes:
-            self.budget.append((var, nbytes * _SCALE / max(1, self.tables.capacity)))
+        if nbytes and fits:
+            self.budget.append((var, nbytes * _SCALE / self.tables.capacity))
         return var
 
     def _row(self, terms: list[tuple[Any, float]], constant: float, sense: str) -> None:
@@ -264,11 +276,12 @@ class _Program:
         return self.mip.LinExpr([var for var, _ in terms], [factor for _, factor in terms], constant, sense)
 
 
-def _useful(cost: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Numbers of hot groups, but none and all, that may be best for some budget: more is only worth less time."""
+def _useful(cost: NDArray[np.float64], nbytes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of hot groups, but none and all, of which each costs less than all that take as many bytes or fewer."""
     some = np.arange(1, len(cost) - 1)
-    some = some[np.isfinite(cost[1:-1])]
-    return some[: int(np.argmin(cost[some])) + 1] if some.size else some
+    some = some[np.lexsort((cost[some], nbytes[some]))]
+    least = np.minimum.accumulate(np.append(np.inf, cost[some]))
+    return np.sort(some[cost[some] < least[:-1]])
 
 
 def fit(tables: Tables, choice: Choice) -> Choice:
@@ -278,7 +291,8 @@ def fit(tables: Tables, choice: Choice) -> Choice:
         options = []
         for number in range(len(choice.hot)):
             less = [_with(choice, number, attention=False)] if choice.attention[number] else []
-            below = np.flatnonzero(np.isfinite(tables.cost[number][int(choice.attention[number])][: choice.hot[number]]))
+            cost = tables.cost[number][int(choice.attention[number])]
+            below = np.flatnonzero(np.isfinite(cost[: choice.hot[number]]))
             less += [_with(choice, number, hot=int(below[-1]))] if below.size else []
             options += less
         if choice.head:

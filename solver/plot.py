@@ -1,13 +1,19 @@
-"""The activation CDF as a picture, as PowerInfer's paper draws it (needs matplotlib, the extra `plot`)."""
+"""Pictures of a profile and of a placement (need matplotlib, the extra `plot`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..formats.errors import StorageError, UnsupportedError
 from .profile import MOST, cdf, statistics
+
+if TYPE_CHECKING:
+    from .placement import Placed
+
+_NEEDED = "--plot needs matplotlib: pip install 'hotcold[plot]'"
 
 
 def plot_cdf(freq: np.ndarray, title: str, path: Path) -> None:
@@ -21,7 +27,7 @@ def plot_cdf(freq: np.ndarray, title: str, path: Path) -> None:
         from matplotlib.colors import Normalize
         from matplotlib.figure import Figure
     except ImportError:
-        raise UnsupportedError("--plot needs matplotlib: pip install 'hotcold[plot]'") from None
+        raise UnsupportedError(_NEEDED) from None
     figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     colours, scale = colormaps["viridis"], Normalize(0, max(1, len(freq) - 1))
@@ -43,6 +49,39 @@ def plot_cdf(freq: np.ndarray, title: str, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.legend(loc="lower right", frameon=False, fontsize=9, bbox_to_anchor=(1, 0.2))
     figure.colorbar(ScalarMappable(scale, colours), ax=axes, label="layer", pad=0.02)
+    _write(figure, path)
+
+
+def plot_placement(placed: Placed, name: str, path: Path) -> None:
+    """Draw how many neurons of each layer are hot and where attention is, and the predicted speeds. Writes `path`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError(_NEEDED) from None
+    one, numbers = placed.placement, np.arange(len(placed.layers))
+    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    left.bar(numbers, [layer.hot for layer in placed.layers], width=0.85, color="#c44e52", label="hot neurons (GPU)")
+    top = max(1, max(layer.hot for layer in placed.layers))
+    for on_gpu, colour, label in ((True, "#c44e52", "attention on GPU"), (False, "#4c72b0", "attention on CPU")):
+        at = [number for number in numbers if one.attention[number] == on_gpu]
+        left.scatter(at, [-0.05 * top] * len(at), marker="s", s=14, color=colour, label=label)
+    left.set(xlabel="layer", ylabel="neurons on the GPU", ylim=(-0.1 * top, 1.2 * top))
+    left.legend(loc="upper center", ncols=3, frameon=False, fontsize=8)
+    left.set_title(
+        f"{name}: {placed.used / 2**30:.2f} GiB of weights and KV cache, {placed.share:.0%} of the activations on the "
+        f"GPU, output on the {'GPU' if one.head else 'CPU'}", fontsize=9,
+    )  # fmt: skip
+    colours = ["#c44e52" if each == one.objective else "#8c8c8c" for each in placed.predicted]
+    bars = right.barh(list(placed.predicted), list(placed.predicted.values()), color=colours)
+    right.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    right.margins(x=0.3)
+    right.invert_yaxis()
+    right.set_title("predicted tokens a second", fontsize=9)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
     try:
         figure.savefig(path)
     except ValueError as error:  # matplotlib's own line lists the formats

@@ -31,7 +31,8 @@ def table(solver: str, quick: bool) -> None:
                 assert nbytes(problem, solved.choice) <= problem.capacity
                 gap = "?" if solved.gap is None else f"{solved.gap:.3%}"
                 kind = "sparse" if sparse else "dense"
-                print(f"{name:16s} {kind:7s} {budget:6.0%} {wall:7.2f} {cpu:6.2f} {gap:>8s}  {solved.status}", flush=True)
+                times = f"{wall:7.2f} {cpu:6.2f}"
+                print(f"{name:16s} {kind:7s} {budget:6.0%} {times} {gap:>8s}  {solved.status}", flush=True)
 
 
 def worth(solver: str) -> None:

@@ -19,6 +19,7 @@ from . import (
     chat,
     convert,
     perplexity,
+    place,
     profile,
     pull,
     relufy,
@@ -100,6 +101,7 @@ app.command("bench")(bench.bench)
 app.command("perplexity")(perplexity.perplexity)
 app.command("profile")(profile.profile)
 app.command("sparsify")(sparsify.sparsify)
+app.command("place")(place.place)
 app.command("train-predictor")(train_predictor.train_predictor)
 app.command("relufy")(relufy.relufy)
 app.command("synthesize")(synthetic.synthesize)

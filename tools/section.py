@@ -24,7 +24,7 @@ Keep = Annotated[bool, typer.Option("--keep-sidecar", help="Keep it beside the m
 
 
 def section(model: options.Model, as_json: options.AsJson = False, verify: Verify = False) -> None:
-    """Show a model's neuron section: profile, thresholds, predictors."""
+    """Show a model's neuron section: profile, thresholds, predictors, placement."""
     from ..formats.errors import SectionError
     from ..formats.gguf import GGUFFile
     from ..formats.section import find_section
@@ -118,6 +118,19 @@ def describe_section(found: Section) -> dict[str, Any]:
             "types": sorted({info.type.name for info in tensors}),
             "bytes": sum(info.nbytes for info in tensors),
         }
+    if (placed := found.placement()) is not None:
+        report["placement"] = {
+            "hot": [len(ids) for ids in placed.hot],
+            "attention": [layer for layer, on_gpu in enumerate(placed.attention) if on_gpu],
+            "head": placed.head,
+            "n_ctx": placed.n_ctx,
+            "budget": placed.budget,
+            "group": placed.group,
+            "cold": placed.cold,
+            "objective": placed.objective,
+            "hardware": placed.hardware,
+            "sparsity": placed.sparsity,
+        }
     return report
 
 
@@ -154,5 +167,15 @@ def _print(report: dict[str, Any]) -> None:
             print(f"              layer {layer['layer']:>3}: rank {layer['rank']:>5}, {size:>10}, {types}")
     if down_t := report.get("down_t"):
         print(f"  down_t      {human_bytes(down_t['bytes'])}, {', '.join(down_t['types'])}")
+    if placed := report.get("placement"):
+        hot, layers = sum(placed["hot"]), len(placed["hot"])
+        print(
+            f"  placement   {hot} hot neurons in {sum(map(bool, placed['hot']))} of {layers} layers, attention of "
+            f"{len(placed['attention'])}, output on the {'GPU' if placed['head'] else 'CPU'}"
+        )
+        print(
+            f"              budget {human_bytes(placed['budget'])}, context {placed['n_ctx']}, "
+            f"{printable(placed['sparsity'])}, {printable(placed['objective'])}, for {printable(placed['hardware'])}"
+        )
     if report.get("verified"):
         print("  every checksum is right")
