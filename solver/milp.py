@@ -29,6 +29,7 @@ from .problem import Choice, Problem
 
 SOLVERS = ("cbc", "highs")
 _INTEGRAL = 500  # numbers of hot groups, up to which every one is a variable of its own that is 0 or 1
+_WHOLE_SECONDS = 10.0
 _SCALE = 1000.0
 
 
@@ -102,7 +103,8 @@ def _tables(problem: Problem, cost: list[NDArray[np.float64]], head: tuple[float
 
 @dataclass(frozen=True)
 class Solved:
-    """choice: the best that was found. status: "optimal" (within the gap), "time-out" or "no solution" in time.
+    """choice: the best that was found. status: "optimal" (within the gap), "feasible" (whole groups do not come that near
+    to the bound), "time-out" or "no solution" in time.
 
     bound: what no choice is below, None if unknown; gap: relative distance of the choice from it.
     """
@@ -125,8 +127,24 @@ def solve(
     if tables.capacity < sizes[sizes > 0].min(initial=np.iinfo(np.int64).max):  # a program without choices
         best = min(known, key=tables.value)
         return Solved(best, "optimal", tables.value(best), 0.0)
-    program = _Program(mip, tables, mip.CBC if solver == "cbc" else mip.HIGHS)
-    program.model.max_mip_gap = gap / 2  # rounding takes a part of it
+    name_of_solver = mip.CBC if solver == "cbc" else mip.HIGHS
+    program = _Program(mip, tables, name_of_solver, False)
+    first = _attempt(mip, program, tables, known, time_limit, gap)
+    if program.integral or first.status != "optimal" or first.gap is None or first.gap <= gap:
+        return first
+    # Rounding cost more than asked for: once more with whole groups, which takes longer.
+    program = _Program(mip, tables, name_of_solver, True)
+    second = _attempt(mip, program, tables, [*known, first.choice], min(time_limit, _WHOLE_SECONDS), gap)
+    bound = max(one.bound for one in (first, second) if one.bound is not None)
+    reached = tables.value(second.choice)
+    left = (reached - bound) / max(abs(reached), 1e-30)
+    return Solved(second.choice, "optimal" if left <= gap or second.status == "optimal" else "feasible", bound, left)
+
+
+def _attempt(
+    mip: Any, program: _Program, tables: Tables, known: list[Choice], time_limit: float, gap: float
+) -> Solved:
+    program.model.max_mip_gap = gap / 4  # rounding takes the rest
     program.model.preprocess = 0  # it would put sums in place of the integers that count, on which to branch
     status = _optimize(program.model, time_limit)
     # a relaxation that ran out of time has neither a value nor a bound
@@ -137,8 +155,7 @@ def solve(
     if name != "no solution" and value is not None:
         found.append(refill(tables, fit(tables, program.read())))
     best = min(found, key=tables.value)
-    if name == "no solution":
-        best = refill(tables, best)
+    best = refill(tables, exchange(tables, best))
     reached = tables.value(best)
     if bound is None or not np.isfinite(bound) or abs(bound) > 1e30:
         return Solved(best, name, None, None)
@@ -177,9 +194,9 @@ def _optimize(model: Any, time_limit: float) -> Any:
 
 
 class _Program:
-    """The program, and how to read its solution."""
+    """The program, and how to read its solution. whole: numbers of hot groups are 0 or 1 each, not weights."""
 
-    def __init__(self, mip: Any, tables: Tables, solver: str) -> None:
+    def __init__(self, mip: Any, tables: Tables, solver: str, whole: bool) -> None:
         self.mip, self.tables = mip, tables
         self.model = mip.Model(sense=mip.MINIMIZE, solver_name=solver)
         self.model.verbose = 0
@@ -190,7 +207,7 @@ class _Program:
         columns = [
             [_useful(cost[p], size[p]) for p in (0, 1)] for cost, size in zip(tables.cost, tables.nbytes, strict=True)
         ]
-        self.integral = sum(len(each) for pair in columns for each in pair) <= _INTEGRAL
+        self.integral = whole or sum(len(each) for pair in columns for each in pair) <= _INTEGRAL
         self.doors: list[dict[tuple[int, int], Any]] = []  # by layer: (attention, 0 none, 1 some, 2 all hot)
         self.weights: list[dict[int, list[tuple[int, Any]]]] = []
         with_attention, without_hot, outward = [], [], []
@@ -321,6 +338,42 @@ def refill(tables: Tables, choice: Choice) -> Choice:
             return choice
         choice = best
     return choice
+
+
+def exchange(tables: Tables, choice: Choice) -> Choice:
+    """Take groups from one layer and give another what that leaves, as long as the two together gain.
+
+    Only numbers above 0, where the crossings stay. Rounding costs most in models of few layers and large groups.
+    """
+    hot = list(choice.hot)
+    costs, sizes, cheapest = [], [], []
+    for number, side in enumerate(choice.attention):
+        cost, nbytes = tables.cost[number][int(side)][1:], tables.nbytes[number][int(side)][1:]
+        order = np.argsort(nbytes, kind="stable")
+        least = np.minimum.accumulate(cost[order])
+        which = order[np.maximum.accumulate(np.where(cost[order] <= least, np.arange(len(order)), 0))]
+        costs.append(cost)
+        sizes.append(nbytes)
+        cheapest.append((nbytes[order], least, which))
+    movable = [number for number, k in enumerate(hot) if k]
+    for _ in range(8 * len(hot)):
+        left = tables.capacity - tables.taken(replace(choice, hot=tuple(hot)))
+        gain, move = 0.0, None
+        for one in movable:
+            own = hot[one] - 1
+            delta, room = costs[one] - costs[one][own], sizes[one][own] - sizes[one] + left
+            for other in movable:
+                if other != one:
+                    steps, least, which = cheapest[other]
+                    at = np.searchsorted(steps, sizes[other][hot[other] - 1] + room, side="right") - 1
+                    total = np.where(at >= 0, delta + least[at] - costs[other][hot[other] - 1], np.inf)
+                    best = int(np.argmin(total))
+                    if total[best] < gain - 1e-12:
+                        gain, move = float(total[best]), (one, best + 1, other, int(which[at[best]]) + 1)
+        if move is None:
+            break
+        hot[move[0]], hot[move[2]] = move[1], move[3]
+    return replace(choice, hot=tuple(hot))
 
 
 def _with(choice: Choice, number: int, hot: int | None = None, attention: bool | None = None) -> Choice:

@@ -51,8 +51,9 @@ class Placed:
 
     predicted: tokens a second by name: "dense cpu", "cpu", "layers", "greedy", and those of the objectives that were
     solved. share: expected part of the activations that are computed on the GPU. reserve: bytes of the budget for the
-    CUDA context and work buffers; used: bytes of weights and KV cache. status: "optimal" (within the gap), "time-out"
-    (the best solution found), "no solution" (found in time: a greedy one), "stored". gap: relative, None if unknown.
+    CUDA context and work buffers; used: bytes of weights and KV cache. status: "optimal" (within the gap), "feasible"
+    (whole groups do not come that near to the bound), "time-out" (the best solution found), "no solution" (found in
+    time: a greedy one), "stored". gap: relative, None if unknown.
     seconds: solving. notes: lines that the user should see. saved: where a stored one was found, or "".
     """
 
@@ -213,7 +214,7 @@ def _solve(
     started = time.perf_counter()
     sides = (False, True) if asked.cold == "auto" else (asked.cold == "mapped",)
     results: dict[str, tuple[milp.Solved, bool]] = {}
-    for objective in ("ours", "paper"):
+    for objective in ("paper", "ours"):  # ours begins with what the other found
         if objective != asked.objective and not compare:
             continue
         options = []
@@ -221,10 +222,12 @@ def _solve(
             tables = milp.ours(problem, mapped) if objective == "ours" else milp.paper(problem)
             allowed = [choice for choice in known.values() if np.isfinite(tables.value(choice))]
             options.append((milp.solve(tables, allowed, solver, time_limit, gap), mapped))
+        known[objective] = options[0][0].choice
         results[objective] = min(options, key=lambda option: seconds(problem, option[0].choice, option[1]))
     taken = time.perf_counter() - started
-    predicted = {name: 1 / seconds(problem, choice) for name, choice in known.items()}
-    predicted |= {name: 1 / seconds(problem, s.choice, mapped) for name, (s, mapped) in results.items()}
+    predicted = {name: 1 / seconds(problem, known[name]) for name in ("cpu", "layers", "greedy")}
+    for name in sorted(results):  # ours, paper
+        predicted[name] = 1 / seconds(problem, results[name][0].choice, results[name][1])
     if asked.objective in results:
         solved, mapped = results[asked.objective]
     else:
