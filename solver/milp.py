@@ -103,8 +103,8 @@ def _tables(problem: Problem, cost: list[NDArray[np.float64]], head: tuple[float
 
 @dataclass(frozen=True)
 class Solved:
-    """choice: the best that was found. status: "optimal" (within the gap), "feasible" (whole groups do not come that near
-    to the bound), "time-out" or "no solution" in time.
+    """choice: the best that was found. status: "optimal" (within the gap), "feasible" (whole groups do not come that
+    near to the bound), "time-out" or "no solution" in time.
 
     bound: what no choice is below, None if unknown; gap: relative distance of the choice from it.
     """
@@ -122,7 +122,8 @@ def solve(
 
     gap: relative, at which the search ends; time_limit: seconds. Raises ParameterError, UnsupportedError.
     """
-    mip = _mip(solver)
+    check(solver)
+    mip = import_module("mip")
     sizes = np.concatenate([table.ravel() for table in tables.nbytes] + [np.array([tables.head_bytes])])
     if tables.capacity < sizes[sizes > 0].min(initial=np.iinfo(np.int64).max):  # a program without choices
         best = min(known, key=tables.value)
@@ -163,14 +164,14 @@ def _attempt(
     return Solved(best, name, low, (reached - low) / max(abs(reached), 1e-30))
 
 
-def _mip(solver: str) -> Any:
+def check(solver: str) -> None:
+    """Raise ParameterError or UnsupportedError unless a solver of that name is installed."""
     if solver not in SOLVERS:
         raise ParameterError(f"solver: got {solver!r:.40}, wanted {' or '.join(SOLVERS)}")
     if find_spec("mip") is None:
         raise UnsupportedError("placing neurons needs python-mip: pip install 'hotcold[cuda]'")
     if solver == "highs" and not (find_spec("highspy") or find_spec("highsbox")):
         raise UnsupportedError("the solver highs is not installed: pip install highspy, or use cbc")
-    return import_module("mip")
 
 
 def _optimize(model: Any, time_limit: float) -> Any:
