@@ -103,7 +103,8 @@ def place(
     UnsupportedError (no solver installed), FormatError, ModelNotFoundError.
     """
     _check(objective, cold, time_limit, gap)
-    milp.check(solver)
+    if compare or objective in ("ours", "paper"):
+        milp.check(solver)
     wanted = Sparsity.parse(sparsity)
     threads = check_int("n_threads", n_threads, 1, 1024) if n_threads is not None else default_threads()
     say = progress or (lambda line: None)
