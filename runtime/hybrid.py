@@ -28,6 +28,9 @@ class GPU(Protocol):
     def launch(self, index: int) -> None:
         """Enqueue a segment; what it sends has been read from the host's memory when this returns."""
 
+    def reached(self, index: int) -> bool:
+        """Whether finish would not have to wait."""
+
     def finish(self, index: int) -> None:
         """Wait for a segment that ends in a fetch, and put what it fetched where the CPU reads it."""
 
@@ -195,8 +198,11 @@ class _Worker:
         self._gpu.begin(step.batch, step.n_tok, step.outputs)
         fetching: list[int] = []  # enqueued, and not yet waited for: the queue is kept filled first
         for segment in self._segments:
+            self._finish(step, [index for index in fetching if self._gpu.reached(index)])
+            fetching = [index for index in fetching if not step.done[index]]
             if not step.ready(segment):
                 self._finish(step, fetching)
+                fetching = []
                 if not step.wait(segment.waits):
                     return
             self._gpu.launch(segment.index)
@@ -213,4 +219,3 @@ class _Worker:
         for index in fetching:
             self._gpu.finish(index)
         step.mark(*fetching)
-        fetching.clear()

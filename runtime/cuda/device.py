@@ -96,7 +96,7 @@ class Device:
         return self._card.host_view(mapped)
 
     def event(self) -> Any:
-        """A point in a stream: record(stream), synchronize()."""
+        """A point in a stream: record(stream), query() whether it is reached, synchronize()."""
         with self.check("making an event"):
             return self._card.event()
 
@@ -250,8 +250,11 @@ class _Event:
     def record(self, stream: Any = 0) -> None:
         self.seconds = time.perf_counter()
 
+    def query(self) -> bool:
+        return True  # nothing runs behind one's back in the simulator
+
     def synchronize(self) -> None:
-        """Nothing runs behind one's back in the simulator."""
+        """Nor is there anything to wait for."""
 
 
 class _Simulated:

@@ -83,6 +83,12 @@ class GPUExecutor:
             if self._trace:
                 self._spans.append((segment.name, start, self._event()))
 
+    def reached(self, index: int) -> bool:
+        """Whether finish would not have to wait."""
+        _, event = self._pinned[self._segments[index].nodes[-1].writes[0]]
+        with self.device.check("asking for progress"):
+            return bool(event.query())
+
     def finish(self, index: int) -> None:
         """Wait for a fetch and put it where the CPU reads it."""
         node = self._segments[index].nodes[-1]
