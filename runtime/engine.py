@@ -118,7 +118,7 @@ class Engine:
         try:
             segments = schedule(graph)
             n_blocks = self._cache.n_blocks
-            gpu = load(segments, graph, self._tensors, c, cpu, placement, n_blocks, self.n_ctx, sizes, trace)
+            gpu = load(segments, graph, self._tensors, c, cpu, placement, n_blocks, self.n_ctx, sizes, trace, progress)
         except BaseException:
             cpu.close()
             raise
@@ -193,7 +193,7 @@ class Engine:
         norm [n, n_embd], the raw gate and up projections [n, n_ff], of up to MICRO_BATCH tokens at a time.
         """
         self._check_open()
-        if self.plan is not None:
+        if self.plan is not None or isinstance(self._executor, HybridExecutor):
             raise ParameterError("observe needs a dense engine: Engine(..., sparsity='dense', use_section=False)")
         tokens = self._tokens(ids)
         sequence.reserve(len(tokens))

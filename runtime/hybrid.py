@@ -124,8 +124,10 @@ class HybridExecutor:
         """One step; as CPUExecutor.run. The first error of either side stops both and is raised here."""
         assert see is None, "only a dense engine on the CPU is observed"
         step = _Step(batch, self._cpu.begin(batch, outputs), outputs, len(self._segments))
-        self._worker.start(step)
+        started = False
         try:
+            self._worker.start(step)
+            started = True
             for segment in self._segments:
                 if segment.unit == "cpu":
                     if not step.wait(segment.waits):
@@ -141,7 +143,8 @@ class HybridExecutor:
             step.fail(error)
             raise
         finally:
-            step.wait_idle()
+            if started or self._worker.has(step):
+                step.wait_idle()
         if step.failure is not None:
             raise step.failure
         self._n_tokens += step.n_tok
@@ -159,7 +162,8 @@ class _Worker:
     def __init__(self, gpu: GPU, segments: list[Segment], trace: Trace | None) -> None:
         self._gpu, self._segments, self._trace = gpu, segments, trace
         self._wake = threading.Condition()
-        self._step: _Step | None = None
+        self._step: _Step | None = None  # waiting to be taken up
+        self._given: _Step | None = None
         self._ended = False
         self._thread = threading.Thread(target=self._serve, name="hotcold-gpu", daemon=True)
         self._thread.start()
@@ -168,17 +172,24 @@ class _Worker:
         with self._wake:
             if self._ended:
                 raise ClosedError("this engine is closed; make another")
-            self._step = step
+            self._given = self._step = step
             self._wake.notify()
+
+    def has(self, step: _Step) -> bool:
+        """Whether a step was given to the thread, and it has not left it."""
+        with self._wake:
+            return step is self._given and not step.idle
 
     def close(self) -> None:
         """End the thread after the step in progress, and free the device's memory."""
         with self._wake:
             self._ended = True
             self._wake.notify()
-        if self._thread is not threading.current_thread():  # the garbage collector may call from any
-            self._thread.join()
-        self._gpu.close()
+        try:
+            if self._thread is not threading.current_thread():  # the garbage collector may call from any
+                self._thread.join()
+        finally:
+            self._gpu.close()
 
     def _serve(self) -> None:
         while True:

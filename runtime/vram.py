@@ -37,7 +37,7 @@ def work_bytes(
         row += c.n_ff + sum(set(ranks))  # scores, and r of each width
     floats = max_tokens * row + max_outputs * (c.n_vocab + c.n_embd)
     floats += part_floats(heads, max_tokens, n_ctx, processors) + down_floats(c, max_tokens)
-    floats += n_ctx * c.rope_dim + c.n_layer + 2
+    floats += n_ctx * c.rope_dim + 2 * c.n_layer + 2
     tables = MAX_SEQUENCES * -(-n_ctx // KV_BLOCK)
     return 4 * (floats + (STEP_FIELDS + 1) * max_tokens + tables)
 

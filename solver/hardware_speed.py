@@ -41,7 +41,12 @@ def cpu_read(threads: int, nbytes: int = CPU_BYTES) -> dict[int, float]:
 
 
 def gpu(device: Device, base: Hardware, nbytes: int = GPU_BYTES, repeats: int = REPEATS) -> Hardware:
-    """`base` with the GPU's figures: reading, its link, the cost of a hand-over and of a launch."""
+    """`base` with the GPU's figures: reading, its link, the cost of a hand-over and of a launch. GPUError."""
+    with device.check("measuring it"):
+        return _gpu(device, base, nbytes, repeats)
+
+
+def _gpu(device: Device, base: Hardware, nbytes: int, repeats: int) -> Hardware:
     nbytes = max(1 << 10, min(nbytes, device.memory().free // 8))
     host = device.pinned((nbytes,), np.uint8)
     host[:] = 1

@@ -108,10 +108,13 @@ def opened(
     except GPUError as error:
         if gpu.require:
             raise
-        status.clear()
-        note(printable(f"the GPU is not used: {error}; all runs on the CPU"))
-        return make(None)
+        why = str(error)
+    else:
+        why = ""
     status.clear()
+    if why:  # after the block, as the error would keep the GPU's memory from being freed
+        note(printable(f"the GPU is not used: {why}; all runs on the CPU"))
+        return make(None)
     for line in placed.notes:
         note(printable(line))
     note(printable(what_runs_where(placed, result.config.n_ff)))

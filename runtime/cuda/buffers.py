@@ -32,7 +32,7 @@ class Buffers:
             self._on_device[i : i + 1].reshape(n) for i in range(STEP_FIELDS)
         )
         self.all_rows = device.upload(np.arange(n, dtype=np.int32))
-        self.counts = device.upload(np.zeros(config.n_layer, np.int32))
+        self.counts = device.upload(np.zeros(config.n_layer, np.int64))
         self.none = device.upload(np.zeros(1, np.float32))  # where a kernel has no bias, cut or scores
         self.no_scores = device.upload(np.zeros((1, 1), np.float32))
 

@@ -131,6 +131,10 @@ class Device:
                 self._broken = message
             raise GPUError(message) from error
 
+    def current(self) -> Any:
+        """A block in which the GPU is the calling thread's own: arrays must be dropped in one."""
+        return self._card.current()
+
     def close(self) -> None:
         """Free what is no longer referred to, and leave the GPU; never raises, and again is no error."""
         if self._closed:
@@ -143,12 +147,13 @@ class Device:
         self._closed = True
         self.stream = None
         _OPEN[self.index] -= 1
-        last = _OPEN[self.index] == 0
+        reset = _OPEN[self.index] == 0 and self._broken is not None
         try:
-            if last:
+            if reset:
                 jit.load.cache_clear()
-            gc.collect()  # arrays in cycles
-            self._card.close(reset=last and self._broken is not None)
+            with self._card.current():  # memory can only be freed where its context is the thread's own
+                gc.collect()  # arrays in cycles
+            self._card.close(reset)
         except Exception:  # nothing is left that could be done about it
             pass
 
@@ -235,7 +240,9 @@ class _Card:
                 self._gpu.reset()
             else:
                 with self._gpu:
-                    self.cuda.current_context().deallocations.clear()
+                    context = self.cuda.current_context()
+                    context.memory_manager.deallocations.clear()  # arrays
+                    context.deallocations.clear()  # streams and events
         finally:
             self._monitor.close()
 

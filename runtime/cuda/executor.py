@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -40,13 +42,14 @@ class GPUExecutor:
         n_ctx: int,
         sizes: dict[str, int],
         trace: bool = False,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
         self.device, self._segments, self._host, self._tokens = device, segments, host, tokens
         self._trace, self._n_tok, self._n_out = trace, 0, 0
         self._spans: list[tuple[str, Any, Any]] = []
         with device.check("loading the model"):
             self._buffers = Buffers(device, graph, config, n_blocks, n_ctx, sizes)
-            lowering = Lowering(tensors, config, device, self._buffers, rope_table, hot, n_ctx)
+            lowering = Lowering(tensors, config, device, self._buffers, rope_table, hot, n_ctx, progress)
             self._pinned: dict[str, tuple[np.ndarray, Any]] = {}
             self._launches = {
                 segment.index: [self._copy(node) or lowering.launch(node) for node in segment.nodes]
@@ -107,9 +110,11 @@ class GPUExecutor:
 
     def close(self) -> None:
         """Free the device's memory."""
-        self._launches.clear()
-        self._pinned.clear()
-        del self._buffers
+        with suppress(Exception), self.device.current():
+            self._launches.clear()
+            self._pinned.clear()
+            self._spans.clear()
+            del self._buffers
         self.device.close()
 
     def _event(self) -> Any:

@@ -33,7 +33,7 @@ def launch(gate: str, up: str, activation: str, n: int, n_tok: int) -> tuple[str
 
 
 def build(family: str, variant: str, lanes: int) -> Program:
-    """(*Wgate, *Wup, x, scores, cut [n], h, counts int32 [1], n, k, n_tok, use_scores, low, high, top).
+    """(*Wgate, *Wup, x, scores, cut [n], h, counts int64 [1], n, k, n_tok, use_scores, low, high, top).
 
     h[t, j] is the product of act(gate) and up, or 0 where neuron j is not active: where use_scores and scores[t, j] <
     cut[j] (nothing is read then), or where gate < top and not low <= gate <= high. Other comparisons with NaN leave it
@@ -42,7 +42,7 @@ def build(family: str, variant: str, lanes: int) -> Program:
     gate, up, activation = variant.split(":")
     kernel = (_single if family == "ffn" else _tiled)(gate, up, _ACTS[activation], lanes)
     g, u, floats = array_types(gate), array_types(up), types.float32[:, ::1]
-    given = (floats, floats, types.float32[::1], floats, types.int32[::1])
+    given = (floats, floats, types.float32[::1], floats, types.int64[::1])
     numbers = (*(types.int32,) * 4, *(types.float32,) * 3)
     return Program(spread(kernel, len(g), len(u)), (*g, *u, *given, *numbers), SPLIT * lanes)
 
@@ -109,7 +109,7 @@ def _single(gate: str, up: str, act: Device, lanes: int) -> Device:
         if me == 0:
             count = (1 if a else 0) + (1 if b else 0) + (1 if c else 0) + (1 if d else 0)
             if count > 0:
-                cuda.atomic.add(counts, 0, count)
+                cuda.atomic.add(counts, 0, np.int64(count))
 
     return ffn
 
@@ -151,7 +151,7 @@ def _tiled(gate: str, up: str, act: Device, lanes: int) -> Device:
             if r < n and tok < n_tok:
                 h[tok, r] = value
         if lane == 0 and count > 0:
-            cuda.atomic.add(counts, 0, np.int32(count))
+            cuda.atomic.add(counts, 0, np.int64(count))
 
     return ffn_tile
 

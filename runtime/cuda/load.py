@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +32,7 @@ def load(
     n_ctx: int,
     sizes: dict[str, int],
     trace: Trace | None,
+    progress: Callable[[str], None] | None,
 ) -> GPUExecutor:
     """The executor of the GPU's segments. GPUError if there is no usable GPU, or the budget does not hold."""
     device = open_device()
@@ -50,9 +53,14 @@ def load(
             n_ctx,
             sizes,
             trace is not None,
+            progress,
         )
         device.check_budget(placement.budget)
-    except BaseException:
+    except BaseException as error:
+        # the frames of what failed hold on to arrays
+        for one in (error, error.__cause__, error.__context__):
+            if one is not None:
+                traceback.clear_frames(one.__traceback__)
         device.close()
         raise
     return gpu

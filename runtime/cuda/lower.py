@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,9 @@ class Lowering:
         rope_table: np.ndarray,
         hot: tuple[np.ndarray, ...],
         n_ctx: int,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
+        self.progress, self._compiled = progress, set[str]()
         self.tensors, self.config, self.device, self.buffers = tensors, config, device, buffers
         self.hot, self.n_ctx, self.stream = hot, n_ctx, device.stream
         self._host_table = rope_table
@@ -60,6 +62,14 @@ class Lowering:
     def launch(self, node: Node) -> Launch:
         """What runs a node."""
         return self._lowerings[node.op](node)
+
+    def _compile(self, names: Iterable[str]) -> None:
+        """Have kernels ready before the first step: they take seconds, and memory that the budget must hold."""
+        for name in names:
+            if self.progress and not jit.simulated() and name not in self._compiled:
+                self.progress(f"compiling {name} for the GPU")
+            self._compiled.add(name)
+            jit.load(name)
 
     def _count(self, node: Node) -> Callable[[int, int], int]:
         return (lambda n_tok, n_out: n_out) if node.rows == "outputs" else (lambda n_tok, n_out: n_tok)
@@ -116,6 +126,7 @@ class Lowering:
         bias = self._vector(node.bias) if node.bias else self.buffers.none
         mode = (ADD if node.adds else RELU if node.function == "relu" else SET) | (BIAS if node.bias else 0)
         stream, count = self.stream, self._count(node)
+        self._compile(matmul_launch(kind, n, m)[0] for m in (1, 2))
 
         def run(n_tok: int, n_out: int) -> None:
             if m := count(n_tok, n_out):
@@ -148,6 +159,7 @@ class Lowering:
         q, out = b.value(node.reads[0]), b.value(node.writes[0])
         parts = b.array("attention parts", (part_floats(heads, b.sizes["tokens"], n_ctx, processors),))
         numbers = (*vars(heads).values(), np.float32(c.attn_scale), c.sliding_window)
+        self._compile([*(attention_launch(heads, m, n_ctx, processors).name for m in (1, 2)), "attention_merge"])
 
         def run(n_tok: int, n_out: int) -> None:
             how = attention_launch(heads, n_tok, n_ctx, processors)
@@ -173,6 +185,7 @@ class Lowering:
         cut = self._vector(node.cut) if scored else b.none
         counts = b.counts[node.layer : node.layer + 1]
         rule = tuple(map(np.float32, gate_range(self.config.activation, node.threshold)))
+        self._compile(ffn_launch(kind, other, node.function, n, m)[0] for m in (1, 2))
 
         def run(n_tok: int, n_out: int) -> None:
             name, grid = ffn_launch(kind, other, node.function, n, n_tok)
@@ -192,6 +205,7 @@ class Lowering:
         kind, arrays, n, k = self._weight(node.weight)
         h, stream = self.buffers.value(node.reads[0]), self.stream
         self._parts(1)  # so that it is counted before the first step
+        self._compile([*(down_launch(kind, k, m)[0] for m in (1, 2)), merge_launch(k, 1)[0]])
 
         def run(n_tok: int, n_out: int) -> None:
             name, grid = down_launch(kind, k, n_tok)

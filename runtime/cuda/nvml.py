@@ -18,6 +18,7 @@ class Memory:
     total: int
     free: int
     used_by_us: int
+_BEFORE: dict[str, int] = {}  # by GPU: bytes taken before this process took any
 
 
 class Monitor:
@@ -59,7 +60,8 @@ class Monitor:
                 failed = error
         else:
             raise GPUError(f"GPU {index}: NVML does not know it ({failed})")
-        self._before = self._used()
+        # The first time in this process: a context that a closed device left behind is ours as well.
+        self._before = _BEFORE.setdefault(uuid or str(index), self._used())
 
     @property
     def name(self) -> str:

@@ -118,7 +118,10 @@ class FakeCUDA(SimpleNamespace):
             pinned_array=np.empty,
             mapped_array=np.empty,
             cleared=cleared,
-            current_context=lambda: SimpleNamespace(deallocations=SimpleNamespace(clear=lambda: cleared.append(True))),
+            current_context=lambda: SimpleNamespace(
+                deallocations=SimpleNamespace(clear=lambda: cleared.append(True)),
+                memory_manager=SimpleNamespace(deallocations=SimpleNamespace(clear=lambda: None)),
+            ),
         )
 
 

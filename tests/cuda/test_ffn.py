@@ -52,7 +52,7 @@ def ffn(
 ) -> tuple[Array, int]:
     """(h [n_tok, n], active pairs); checks that nothing beyond n_tok rows is written."""
     n, (n_tok, k) = len(layer.gate), x.shape
-    h, wide, counts = filled((n_tok + 2, n)), filled((n_tok + 1, k)), np.array([100], np.int32)
+    h, wide, counts = filled((n_tok + 2, n)), filled((n_tok + 1, k)), np.array([100], np.int64)
     wide[:n_tok] = x
     given = filled((n_tok, n)) if scores is None else scores
     limits = filled((n,)) if cut is None else cut
