@@ -45,13 +45,18 @@ def add_cold(tensors: Tensors, config: ModelConfig, hot: tuple[np.ndarray, ...])
     copied = 0
     for layer, ids in enumerate(hot):
         if 0 < len(ids) < config.n_ff:
-            cold = np.setdiff1d(np.arange(config.n_ff), ids)
+            cold = others(ids, config.n_ff)
             for name in _MATRICES:
                 if f"blk.{layer}.{name}" in tensors:
                     copied += _take(tensors, f"blk.{layer}.{name}", cold)
             if f"blk.{layer}.ffn_pred_cut" in tensors:
                 copied += _take(tensors, f"blk.{layer}.ffn_pred_cut", cold)
     return copied
+
+
+def others(hot: np.ndarray, n_ff: int) -> np.ndarray:
+    """The cold neurons of a layer, sorted, from its hot ones."""
+    return np.setdiff1d(np.arange(n_ff), hot)
 
 
 def _take(tensors: Tensors, name: str, ids: np.ndarray) -> int:

@@ -124,10 +124,8 @@ class HybridExecutor:
         """One step; as CPUExecutor.run. The first error of either side stops both and is raised here."""
         assert see is None, "only a dense engine on the CPU is observed"
         step = _Step(batch, self._cpu.begin(batch, outputs), outputs, len(self._segments))
-        started = False
         try:
             self._worker.start(step)
-            started = True
             for segment in self._segments:
                 if segment.unit == "cpu":
                     if not step.wait(segment.waits):
@@ -143,7 +141,7 @@ class HybridExecutor:
             step.fail(error)
             raise
         finally:
-            if started or self._worker.has(step):
+            if self._worker.has(step):  # not if an interrupt came before it was given
                 step.wait_idle()
         if step.failure is not None:
             raise step.failure

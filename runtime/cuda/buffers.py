@@ -51,12 +51,6 @@ class Buffers:
             self._views[value] = self._flat[memory][: rows * width].reshape(rows, width)
         return self._views[value]
 
-    def array(self, name: str, shape: tuple[int, ...]) -> Any:
-        """Float32 scratch that all who name it share."""
-        if name not in self._flat:
-            self._flat[name] = self.device.allocate(shape, np.float32)
-        return self._flat[name]
-
     def cache(self) -> tuple[Any, Any]:
         """Keys and values of a layer, flat float16, in KVCache's order."""
         c, n = self.config, self.n_blocks * KV_BLOCK

@@ -156,5 +156,3 @@ class GPUExecutor:
             event.record(stream)
 
         return send if node.op == "send" else fetch
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from ...formats.config import ModelConfig
 from ...formats.errors import UnsupportedError
 from ..graph import Node
+from ..hot_cold import others
 from ..sparsity import gate_range
 from ..tensors import Tensors
 from ..vram import down_floats
@@ -47,6 +49,9 @@ class Lowering:
         self.hot, self.n_ctx, self.stream = hot, n_ctx, device.stream
         self._host_table = rope_table
         self._table: Any = None
+        self._attention_parts: Any = None
+        self._down_parts: Any = None
+        self._views: dict[tuple[int, tuple[int, ...]], Any] = {}
         self._caches: dict[int, tuple[Any, Any]] = {}
         self._weights: dict[str, tuple[str, tuple[Any, ...], int, int]] = {}
         self._lowerings: dict[str, Callable[[Node], Launch]] = {
@@ -94,7 +99,7 @@ class Lowering:
     def _ids(self, tensor: str, part: str) -> np.ndarray:
         """The hot or cold neurons of a tensor's layer."""
         hot = self.hot[int(tensor.split(".")[1])]  # blk.N.name
-        return hot if part == "hot" else np.setdiff1d(np.arange(self.config.n_ff), hot)
+        return hot if part == "hot" else others(hot, self.config.n_ff)
 
     def _map(self, array: np.ndarray) -> Any:
         """An array that stays in the host's memory, where kernels read it."""
@@ -157,17 +162,17 @@ class Lowering:
         processors, n_ctx = self.device.processors, self.n_ctx
         keys, values = self._caches[node.layer]
         q, out = b.value(node.reads[0]), b.value(node.writes[0])
-        parts = b.array("attention parts", (part_floats(heads, b.sizes["tokens"], n_ctx, processors),))
+        if self._attention_parts is None:
+            n = part_floats(heads, b.sizes["tokens"], n_ctx, processors)
+            self._attention_parts = self.device.allocate((n,))
+        parts = self._attention_parts
         numbers = (*vars(heads).values(), np.float32(c.attn_scale), c.sliding_window)
         self._compile([*(attention_launch(heads, m, n_ctx, processors).name for m in (1, 2)), "attention_merge"])
 
         def run(n_tok: int, n_out: int) -> None:
             how = attention_launch(heads, n_tok, n_ctx, processors)
-            share = parts
-            if how.splits > 1:
-                share = parts[: how.floats].reshape(n_tok, how.splits, c.n_head, c.head_dim_v + 2)
-            else:
-                share = parts[:1].reshape(1, 1, 1, 1)
+            shape = (n_tok, how.splits, c.n_head, c.head_dim_v + 2) if how.splits > 1 else (1, 1, 1, 1)
+            share = self._view(parts, shape)
             where = b.tables, b.sequences, b.positions
             jit.load(how.name)(how.grid, stream, q, keys, values, *where, out, share, *numbers, n_tok)
             if how.splits > 1:
@@ -197,9 +202,16 @@ class Lowering:
 
     def _parts(self, n_tok: int) -> Any:
         """Where the hot neurons' sums of n_tok tokens are kept until they are merged, [parts, n_tok, n_embd]."""
-        flat = self.buffers.array("parts", (down_floats(self.config, self.buffers.sizes["tokens"]),))
-        shape = part_count(n_tok), n_tok, self.config.n_embd
-        return flat[: shape[0] * shape[1] * shape[2]].reshape(*shape)
+        if self._down_parts is None:
+            self._down_parts = self.device.allocate((down_floats(self.config, self.buffers.sizes["tokens"]),))
+        return self._view(self._down_parts, (part_count(n_tok), n_tok, self.config.n_embd))
+
+    def _view(self, flat: Any, shape: tuple[int, ...]) -> Any:
+        """The beginning of a flat array in a shape; kept, as every layer of every step asks for it."""
+        key = id(flat), shape
+        if key not in self._views:
+            self._views[key] = flat[: math.prod(shape)].reshape(*shape)
+        return self._views[key]
 
     def _down(self, node: Node) -> Launch:
         kind, arrays, n, k = self._weight(node.weight)
