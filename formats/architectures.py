@@ -3,56 +3,174 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from .architecture_terms import (
+    ATTN_NORM,
+    ATTN_NORM_BIAS,
+    EXPERTS,
+    FFN_NORM,
+    FFN_NORM_BIAS,
+    FUSED_GATED,
+    FUSED_QKV,
+    FUSED_QKV_BIAS,
+    GATED,
+    GATED_BIAS,
+    HEAD_NORMS,
+    LLAMA_BLOCK,
+    OUT,
+    OUT_BIAS,
+    OUTPUT,
+    OUTPUT_NORM,
+    OUTPUT_NORM_BIAS,
+    OWN_HEAD_NORMS,
+    POSITIONS,
+    POST_NORMS,
+    QKV,
+    QKV_BIAS,
+    ROPE_FACTORS,
+    ROPE_FREQS,
+    SECOND_NORM,
+    UP_DOWN,
+    UP_DOWN_BIAS,
+    WHOLE_NORMS,
+    Architecture,
+    both,
+)
 from .errors import UnsupportedError
 from .gguf_header import show
 
-# Shapes are in ggml order (row length first), in names that ModelConfig resolves: n_q = n_head * head_dim_k,
-# n_k and n_v = n_head_kv * head_dim_k or _v, n_att = n_head * head_dim_v, n_rot = rope_dim / 2.
-Shape = tuple[str, ...]
-
-_MODEL: Mapping[str, Shape] = {"token_embd.weight": ("n_embd", "n_vocab"), "output_norm.weight": ("n_embd",)}
-_MODEL_OPTIONAL: Mapping[str, Shape] = {
-    "output.weight": ("n_embd", "n_vocab"),
-    "rope_freqs.weight": ("n_rot",),
-}
-_BLOCK: Mapping[str, Shape] = {
-    "attn_norm.weight": ("n_embd",),
-    "attn_q.weight": ("n_embd", "n_q"),
-    "attn_k.weight": ("n_embd", "n_k"),
-    "attn_v.weight": ("n_embd", "n_v"),
-    "attn_output.weight": ("n_att", "n_embd"),
-    "ffn_norm.weight": ("n_embd",),
-    "ffn_gate.weight": ("n_embd", "n_ff"),
-    "ffn_up.weight": ("n_embd", "n_ff"),
-    "ffn_down.weight": ("n_ff", "n_embd"),
-}
-_QKV_BIAS: Mapping[str, Shape] = {"attn_q.bias": ("n_q",), "attn_k.bias": ("n_k",), "attn_v.bias": ("n_v",)}
-_OUTPUT_BIAS: Mapping[str, Shape] = {"attn_output.bias": ("n_embd",)}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What tells one architecture from another; block tensors are named without their `blk.N.`."""
-
-    name: str
-    rope_style: str  # "norm": pairs (2i, 2i+1); "neox": pairs (i, i + rope_dim/2)
-    activation: str
-    model_required: Mapping[str, Shape]
-    model_optional: Mapping[str, Shape]
-    block_required: Mapping[str, Shape]
-    block_optional: Mapping[str, Shape]  # in every block or in none
-
+# As in their GGUF files: token_embd always, output only where the embedding does not serve as the output too.
+_ALL_BIASES = (QKV_BIAS, OUT_BIAS, UP_DOWN_BIAS)
+_LAYER_NORMS = both(ATTN_NORM, ATTN_NORM_BIAS, OUTPUT_NORM, OUTPUT_NORM_BIAS)
+_TWO_LAYER_NORMS = both(_LAYER_NORMS, FFN_NORM, FFN_NORM_BIAS)
+_LAYER_BLOCK = both(_TWO_LAYER_NORMS, QKV, OUT)
+_LLAMA = both(OUTPUT_NORM, LLAMA_BLOCK)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
     for row in (
-        # Llama 1-3, Mistral, SmolLM2, TinyLlama, Yi: their files all say "llama".
-        Architecture("llama", "norm", "silu", _MODEL, _MODEL_OPTIONAL, _BLOCK, {**_QKV_BIAS, **_OUTPUT_BIAS}),
+        # Llama 1-3, Mistral, Mixtral, SmolLM2, TinyLlama, Yi, ReLU-Llama: their files all say "llama".
+        Architecture(
+            "llama", _LLAMA, (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS, GATED_BIAS), (GATED, EXPERTS), rope="norm"
+        ),
         # SJTU's Bamboo is Mistral with ReLU on gate and up; only PowerInfer's llama.cpp names it.
-        Architecture("bamboo", "norm", "drelu", _MODEL, _MODEL_OPTIONAL, _BLOCK, {}),
-        Architecture("qwen2", "neox", "silu", _MODEL, _MODEL_OPTIONAL, {**_BLOCK, **_QKV_BIAS}, {}),
+        Architecture("bamboo", _LLAMA, (OUTPUT, ROPE_FREQS), (GATED,), rope="norm", activation="drelu"),
+        Architecture("qwen2", both(_LLAMA, QKV_BIAS), (OUTPUT, ROPE_FREQS), (GATED,)),
+        Architecture("qwen3", both(_LLAMA, HEAD_NORMS), (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS), (GATED,)),
+        Architecture("qwen3moe", both(_LLAMA, HEAD_NORMS), (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS), (EXPERTS,)),
+        Architecture("olmoe", both(_LLAMA, WHOLE_NORMS), (OUTPUT,), (EXPERTS,), weights_norm=False),
+        Architecture(
+            "gemma2",
+            both(_LLAMA, POST_NORMS),
+            (OUTPUT,),
+            (GATED,),
+            activation="gelu",
+            window_every=2,
+            embd_scale="sqrt",
+            wide_heads=(46,),
+            softcaps=(50.0, 30.0),
+        ),
+        Architecture(
+            "gemma3",
+            both(_LLAMA, POST_NORMS, HEAD_NORMS),
+            (OUTPUT,),
+            (GATED,),
+            activation="gelu",
+            window_every=6,
+            local_base=10000.0,
+            embd_scale="sqrt",
+            wide_heads=(62,),
+        ),
+        Architecture(
+            "phi3", both(OUTPUT_NORM, ATTN_NORM, FUSED_QKV, OUT, FFN_NORM), (OUTPUT, ROPE_FACTORS), (FUSED_GATED,)
+        ),
+        # OPT has no place in llama.cpp; PowerInfer's names are used, its two unused first positions are left out.
+        Architecture(
+            "opt",
+            both(_LAYER_BLOCK, POSITIONS),
+            (OUTPUT, *_ALL_BIASES),
+            (UP_DOWN,),
+            norm="layer",
+            rope="",
+            activation="relu",
+            gated=False,
+        ),
+        # Falcon-7B has one norm for attention and FFN; of two, attn_norm is the FFN's.
+        Architecture(
+            "falcon",
+            both(_LAYER_NORMS, FUSED_QKV, OUT),
+            (OUTPUT, SECOND_NORM, FUSED_QKV_BIAS, OUT_BIAS, UP_DOWN_BIAS),
+            (UP_DOWN,),
+            norm="layer",
+            activation="gelu_erf",
+            gated=False,
+            parallel="yes",
+        ),
+        Architecture(
+            "gpt2",
+            both(_TWO_LAYER_NORMS, POSITIONS, FUSED_QKV, FUSED_QKV_BIAS, OUT, OUT_BIAS, UP_DOWN_BIAS),
+            (OUTPUT,),
+            (UP_DOWN,),
+            norm="layer",
+            rope="",
+            activation="gelu",
+            gated=False,
+        ),
+        Architecture(
+            "gptneox",
+            both(_TWO_LAYER_NORMS, FUSED_QKV, OUT, UP_DOWN_BIAS),
+            (OUTPUT, FUSED_QKV_BIAS, OUT_BIAS),
+            (UP_DOWN,),
+            norm="layer",
+            activation="gelu_erf",
+            gated=False,
+            parallel="key",
+        ),
+        Architecture(
+            "starcoder2",
+            _LAYER_BLOCK,
+            (OUTPUT, *_ALL_BIASES),
+            (UP_DOWN,),
+            norm="layer",
+            activation="gelu",
+            gated=False,
+        ),
+        # StableLM 2 12B has no ffn_norm: it is parallel, with one norm.
+        Architecture(
+            "stablelm",
+            both(_LAYER_NORMS, QKV, OUT),
+            (OUTPUT, QKV_BIAS, both(FFN_NORM, FFN_NORM_BIAS), OWN_HEAD_NORMS),
+            (GATED,),
+            norm="layer",
+            parallel="no ffn_norm",
+        ),
+        Architecture("olmo2", both(OUTPUT_NORM, QKV, OUT, WHOLE_NORMS, POST_NORMS), (OUTPUT,), (GATED,)),
+        Architecture(
+            "granite",
+            _LLAMA,
+            (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS, GATED_BIAS),
+            (GATED,),
+            rope="norm",
+            divides_logits=True,
+        ),
+        Architecture(
+            "nemotron",
+            _LAYER_BLOCK,
+            (OUTPUT, *_ALL_BIASES),
+            (UP_DOWN,),
+            norm="layer",
+            activation="relu2",
+            gated=False,
+        ),
+        Architecture(
+            "arcee",
+            _LLAMA,
+            (OUTPUT, ROPE_FREQS, *_ALL_BIASES),
+            (UP_DOWN,),
+            rope="norm",
+            activation="relu2",
+            gated=False,
+        ),
     )
 }
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .architectures import Architecture, Shape, lookup
+from .architecture_terms import Architecture, Group
+from .architectures import lookup
 from .errors import FormatError, UnsupportedError
 from .gguf import GGUFFile
 from .gguf_header import show
-from .powerinfer import FAMILIES, check_predictors, own_block
+from .model_tensors import Rows, check, fused_rows, groups, unfused
+from .powerinfer import FAMILIES, check_predictors
 
 MAX_INT = 2**31 - 1  # the largest int32: positions and token ids are of that type
-_SCALING_KINDS = ("none", "linear", "yarn")
+_SCALING_KINDS = ("none", "linear", "yarn", "longrope")
+_SOFTMAX = 1  # {arch}.expert_gating_func
 # {arch}.hidden_activation -> our name; Hugging Face's spellings are met in files too.
-_ACTIVATIONS = {name: name for name in ("silu", "gelu", "relu", "relu2", "drelu")}
+_ACTIVATIONS = {name: name for name in ("silu", "gelu", "gelu_erf", "relu", "relu2", "drelu")}
 _ACTIVATIONS |= {"swish": "silu", "gelu_tanh": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
 _ACTIVATIONS |= {"relu_squared": "relu2", "relu_sqr": "relu2"}
 
@@ -26,10 +28,11 @@ _ACTIVATIONS |= {"relu_squared": "relu2", "relu_sqr": "relu2"}
 class RopeScaling:
     """How positions are stretched beyond the trained context; factor is 1 / ggml's freq_scale.
 
-    As in ggml, rotated vectors are scaled by attn_factor, and if ext_factor != 0 by 1 + 0.1 ln(factor) too.
+    As in ggml, rotated vectors are scaled by attn_factor, and if ext_factor != 0 by 1 + 0.1 ln(factor) too. longrope:
+    frequencies are divided by factors in the file, of which there are some for contexts longer than orig_ctx.
     """
 
-    kind: str = "none"  # none, linear or yarn
+    kind: str = "none"  # none, linear, yarn or longrope
     factor: float = 1.0
     orig_ctx: int = 0
     ext_factor: float = 0.0
@@ -52,24 +55,49 @@ class ModelConfig:
     n_head_kv: int
     head_dim_k: int
     head_dim_v: int
-    n_ff: int
+    n_ff: int  # neurons of a layer; of a mixture of experts, those of all its experts
+    norm: str  # "rms", or "layer" (mean taken off)
     norm_eps: float
-    rope_dim: int
+    rope_dim: int  # 0: no rotations
     rope_base: float
-    rope_style: str
+    rope_style: str  # "norm" or "neox"
     rope_scaling: RopeScaling
-    sliding_window: int  # tokens that a token sees, itself included; 0 = all
+    windows: tuple[int, ...]  # by layer, the tokens that a token sees, itself included; 0 = all
     attn_scale: float
-    activation: str  # of the FFN: silu, gelu (tanh form), relu, relu2 (squared), or drelu (gate and up both)
-    qkv_bias: bool
-    output_bias: bool  # attn_output.bias
-    tied_output: bool  # no output.weight: token_embd.weight serves
+    activation: str  # of the FFN: silu, gelu (tanh form), gelu_erf, relu, relu2 (squared), or drelu (gate and up both)
+    tensors: frozenset[str]  # names of those that the file has, of the first block for all; fused ones taken apart
+    local_base: float = 0.0  # rope base of layers with a window, which are not scaled then; 0: as all others
+    gated: bool = True  # h = act(gate) * up, or else act(up)
+    parallel: bool = False  # attention and FFN read the same residual
+    embd_scale: float = 1.0  # embeddings are multiplied by it
+    residual_scale: float = 1.0  # what attention and FFN add is multiplied by it
+    logit_scale: float = 1.0  # logits are multiplied by it
+    attn_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they stay
+    logit_softcap: float = 0.0
+    n_expert: int = 0
+    n_expert_used: int = 0  # of a token
+    weights_norm: bool = True  # the weights of a token's experts sum to 1
+    fused: tuple[Rows, ...] = ()  # tensors that are rows of others
     sampling: dict[str, float | int] = field(default_factory=dict)  # general.sampling.*, without that prefix
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> ModelConfig:
         """Read and check metadata and tensor shapes: FormatError if broken, UnsupportedError if foreign."""
         return _Reader(file).config()
+
+    def has(self, tensor: str) -> bool:
+        """Whether there is a tensor of that name, those of blocks without their `blk.N.`."""
+        return tensor in self.tensors
+
+    @property
+    def tied_output(self) -> bool:
+        """No output.weight: token_embd.weight serves."""
+        return not self.has("output.weight")
+
+    @property
+    def expert_neurons(self) -> int:
+        """Neurons of one expert."""
+        return self.n_ff // self.n_expert
 
 
 class _Reader:
@@ -95,10 +123,11 @@ class _Reader:
 
     def config(self) -> ModelConfig:
         row, file = self.row, self.file
-        if self.integer("expert_count", 0, 0) > 0:
-            raise self.unsupported("mixture-of-experts models are not supported")
         if file.get(f"{row.name}.attention.causal", True, bool) is False:
             raise self.unsupported("models with non-causal attention are not supported")
+        for suffix in ("attention.max_alibi_bias", "attention.clamp_kqv"):
+            if self.number(suffix, 0.0, -1e30, 1e30):
+                raise self.unsupported(f"{row.name}.{suffix} is not supported")
         n_embd = self.integer("embedding_length", 1)
         n_head = self.integer("attention.head_count", 1)
         n_head_kv = self.integer("attention.head_count_kv", 1, n_head)
@@ -107,12 +136,21 @@ class _Reader:
             raise self.error(key, n_head_kv, f"a divisor of head_count = {n_head}")
         head_dim_k = self.head_dim("attention.key_length", n_embd, n_head)
         head_dim_v = self.head_dim("attention.value_length", n_embd, n_head)
-        rope_dim = self.integer("rope.dimension_count", 2, head_dim_k)
+        rope_dim = self.integer("rope.dimension_count", 2, head_dim_k) if row.rope else 0
         if rope_dim % 2 or rope_dim > head_dim_k:
             key = f"{row.name}.rope.dimension_count"
             raise self.error(key, rope_dim, f"an even number up to the head size {head_dim_k}")
         n_ctx_train = self.integer("context_length", 1)
-        scale = self.number("attention.scale", 0.0, 0.0, 1e6)
+        model, block = groups(file, row)
+        if self.n_layer * len(block) > len(file.tensors):  # before it is used as a loop count
+            most = len(file.tensors) // len(block)
+            wanted = f"at most {most}, as there are {len(file.tensors)} tensors"
+            raise self.error(f"{row.name}.block_count", self.n_layer, wanted)
+        n_expert, n_used, n_one = self.experts(block)
+        windows = self.windows()
+        n_wide = n_embd // n_head if self.n_layer in row.wide_heads else head_dim_k
+        eps = "attention.layer_norm_rms_epsilon" if row.norm == "rms" else "attention.layer_norm_epsilon"
+        logit_scale = self.number("logit_scale", 1.0, 1e-6, 1e6)
         config = ModelConfig(
             arch=row.name,
             name=file.get("general.name", file.path.stem, str),
@@ -124,22 +162,58 @@ class _Reader:
             n_head_kv=n_head_kv,
             head_dim_k=head_dim_k,
             head_dim_v=head_dim_v,
-            n_ff=self.integer("feed_forward_length", 1),
-            norm_eps=self.number("attention.layer_norm_rms_epsilon", None, 0.0, 1.0),
+            n_ff=n_one * max(1, n_expert),
+            norm=row.norm,
+            norm_eps=self.number(eps, None, 0.0, 1.0),
             rope_dim=rope_dim,
             rope_base=self.number("rope.freq_base", 10000.0, 2.0, 1e30),
-            rope_style=row.rope_style,
+            rope_style=row.rope or "norm",
             rope_scaling=self.rope_scaling(n_ctx_train),
-            sliding_window=self.sliding_window(),
-            attn_scale=scale or 1.0 / math.sqrt(head_dim_k),
+            windows=windows,
+            attn_scale=self.number("attention.scale", 0.0, 0.0, 1e6) or 1.0 / math.sqrt(n_wide),
             activation=self.activation(),
-            qkv_bias="blk.0.attn_q.bias" in file.tensors,
-            output_bias="blk.0.attn_output.bias" in file.tensors,
-            tied_output="output.weight" not in file.tensors,
+            tensors=frozenset(model) | unfused(block),
+            local_base=self.number("rope.freq_base_swa", row.local_base, 2.0, 1e30) if row.local_base else 0.0,
+            gated=row.gated,
+            parallel=self.parallel(block),
+            embd_scale=self.number("embedding_scale", math.sqrt(n_embd) if row.embd_scale else 1.0, 1e-6, 1e6),
+            residual_scale=self.number("residual_scale", 1.0, 1e-6, 1e6),
+            logit_scale=1.0 / logit_scale if row.divides_logits else logit_scale,
+            attn_softcap=self.number("attn_logit_softcapping", row.softcaps[0], 0.0, 1e6),
+            logit_softcap=self.number("final_logit_softcapping", row.softcaps[1], 0.0, 1e6),
+            n_expert=n_expert,
+            n_expert_used=n_used,
+            weights_norm=file.get(f"{row.name}.expert_weights_norm", row.weights_norm, bool),
             sampling=self.sampling(),
         )
-        self.check_tensors(config)
-        return config
+        self.check_tensors(config, model, block)
+        return replace(config, fused=fused_rows(block, self.n_layer, self.sizes(config)))
+
+    def experts(self, block: Group) -> tuple[int, int, int]:
+        """How many experts there are, how many a token uses, and the neurons of one (0, 0 and all without experts)."""
+        n_expert = self.integer("expert_count", 0, 0)
+        if not n_expert:
+            return 0, 0, self.integer("feed_forward_length", 1)
+        n_used = self.integer("expert_used_count", 1)
+        if n_used > n_expert:
+            raise self.error(f"{self.row.name}.expert_used_count", n_used, f"at most expert_count = {n_expert}")
+        if "ffn_gate_exps.weight" not in block:
+            key = f"{self.row.name}.expert_count"
+            raise self.error(key, n_expert, "0, as there are no tensors of experts (or each has a tensor of its own)")
+        gating = self.integer("expert_gating_func", 0, _SOFTMAX)
+        scale = self.number("expert_weights_scale", 1.0, 0.0, 1e6)
+        if gating not in (0, _SOFTMAX) or scale not in (0.0, 1.0):
+            raise self.unsupported("experts that are not weighted by a plain softmax are not supported")
+        suffix = "expert_feed_forward_length"
+        n_one = self.integer(suffix if f"{self.row.name}.{suffix}" in self.file.metadata else "feed_forward_length", 1)
+        if n_one * n_expert > MAX_INT:
+            raise self.error(f"{self.row.name}.{suffix}", n_one, f"at most {MAX_INT // n_expert}")
+        return n_expert, n_used, n_one
+
+    def parallel(self, block: Group) -> bool:
+        if self.row.parallel == "key":
+            return self.file.get(f"{self.row.name}.use_parallel_residual", True, bool)
+        return self.row.parallel == "yes" or (bool(self.row.parallel) and "ffn_norm.weight" not in block)
 
     def integer(self, suffix: str, low: int, default: int | None = None) -> int:
         """{arch}.suffix in [low, MAX_INT]; an array with one equal value for each layer counts as one."""
@@ -187,11 +261,17 @@ class _Reader:
             raise self.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", wanted)
         return info.shape[1]
 
-    def sliding_window(self) -> int:
+    def windows(self) -> tuple[int, ...]:
+        """Each layer's sliding window; by the row which layers have one, if the file does not say."""
         window = self.integer("attention.sliding_window", 0, 0)
-        if window and f"{self.row.name}.attention.sliding_window_pattern" in self.file.metadata:
-            raise self.unsupported("sliding windows in only some layers are not supported")
-        return window
+        key = f"{self.row.name}.attention.sliding_window_pattern"
+        said = self.file.metadata.get(key)
+        if isinstance(said, np.ndarray) and said.dtype == bool:
+            if said.size != self.n_layer:
+                raise self.error(key, f"{said.size} values", f"one for each of {self.n_layer} layers")
+            return tuple(window if has else 0 for has in said.tolist())
+        every = self.integer("attention.sliding_window_pattern", 0, self.row.window_every)
+        return tuple(0 if every and (layer + 1) % every == 0 else window for layer in range(self.n_layer))
 
     def rope_scaling(self, n_ctx_train: int) -> RopeScaling:
         prefix = f"{self.row.name}.rope.scaling"
@@ -205,6 +285,9 @@ class _Reader:
             raise self.error(f"{prefix}.factor", factor, "0 (none), or a number from 1e-06 to 1e+06")
         factor = factor or 1.0
         attn = self.number("rope.scaling.attn_factor", 1.0, 1e-6, 1e6)
+        if kind == "longrope":
+            orig_ctx = self.integer("rope.scaling.original_context_length", 1, n_ctx_train)
+            return RopeScaling(kind, orig_ctx=orig_ctx, attn_factor=attn)
         if kind != "yarn":
             kind = "linear" if kind == "linear" and factor != 1.0 else "none"
             return RopeScaling(kind, factor if kind == "linear" else 1.0, n_ctx_train, attn_factor=attn)
@@ -241,43 +324,35 @@ class _Reader:
             found[key.removeprefix(prefix)] = value
         return found
 
-    def check_tensors(self, config: ModelConfig) -> None:
-        """Every tensor that the architecture needs is there in its shape, and no other is."""
-        row, tensors = self.row, self.file.tensors
-        sizes = {
+    def sizes(self, config: ModelConfig) -> dict[str, int]:
+        """What the names of dimensions in the table of architectures stand for."""
+        n_q, n_k = config.n_head * config.head_dim_k, config.n_head_kv * config.head_dim_k
+        n_v = config.n_head_kv * config.head_dim_v
+        positions = self.file.tensors.get("position_embd.weight")
+        return {
             "n_embd": config.n_embd,
             "n_vocab": config.n_vocab,
+            "n_pos": positions.shape[-1] if positions else 0,
             "n_ff": config.n_ff,
-            "n_q": config.n_head * config.head_dim_k,
-            "n_k": config.n_head_kv * config.head_dim_k,
-            "n_v": config.n_head_kv * config.head_dim_v,
+            "n_gate_up": 2 * config.n_ff,
+            "n_expert": config.n_expert,
+            "n_one": config.n_ff // max(1, config.n_expert),
+            "n_head": config.n_head,
+            "n_kv": config.n_head_kv,
+            "n_dim": config.head_dim_k,
+            "n_q": n_q,
+            "n_k": n_k,
+            "n_v": n_v,
+            "n_qkv": n_q + n_k + n_v,
             "n_att": config.n_head * config.head_dim_v,
             "n_rot": config.rope_dim // 2,
         }
-        optional = {name for name in row.block_optional if f"blk.0.{name}" in tensors}
-        if len(optional & {"attn_q.bias", "attn_k.bias", "attn_v.bias"}) in (1, 2):
-            raise self.unsupported("biases on only some of attn_q, attn_k and attn_v are not supported")
-        wanted: dict[str, Shape] = dict(row.model_required)
-        wanted |= {name: shape for name, shape in row.model_optional.items() if name in tensors}
-        block = dict(row.block_required) | {name: row.block_optional[name] for name in optional}
-        if self.file.powerinfer:
-            block = own_block(block)
-        if self.n_layer * len(block) > len(tensors):  # before n_layer is used as a loop count
-            wanted_layers = f"at most {len(tensors) // len(block)}, as there are {len(tensors)} tensors"
-            raise self.error(f"{row.name}.block_count", self.n_layer, wanted_layers)
-        wanted |= {f"blk.{i}.{name}": shape for i in range(self.n_layer) for name, shape in block.items()}
-        for name, shape in wanted.items():
-            expected = tuple(sizes[size] for size in shape)
-            info: Any = tensors.get(name)
-            if info is None or info.shape != expected:
-                got = "no such tensor" if info is None else f"shape {info.shape}"
-                raise FormatError(self.file.path, f"tensor {show(name)}", got, f"shape {expected}")
-        known = set(wanted)
-        if self.file.powerinfer:
-            known |= check_predictors(self.file, config.n_layer, config.n_embd, config.n_ff)
-        for name in tensors:
-            if name not in known:
-                raise self.unsupported(f"tensor {show(name)} is not one that {row.name} models are run with")
+
+    def check_tensors(self, config: ModelConfig, model: Group, block: Group) -> None:
+        """Every tensor that the architecture needs is there in its shape, and no other is."""
+        powerinfer = self.file.powerinfer
+        own = check_predictors(self.file, config.n_layer, config.n_embd, config.n_ff) if powerinfer else set()
+        check(self.file, model, block, self.n_layer, self.sizes(config), own)
 
 
 def _refuse_other_kinds(file: GGUFFile) -> None:

@@ -84,12 +84,12 @@ class _Decoder:
             self._add(op, reads, writes, f"{name}.weight" if weight else "", unit, layer=layer, **names)
 
         add("norm", "x", "a", "attn_norm")
-        add("matmul", "a", "q", "attn_q", c.qkv_bias)
-        add("matmul", "a", "k", "attn_k", c.qkv_bias)
-        add("matmul", "a", "v", "attn_v", c.qkv_bias)
+        add("matmul", "a", "q", "attn_q", c.has("attn_q.bias"))
+        add("matmul", "a", "k", "attn_k", c.has("attn_q.bias"))
+        add("matmul", "a", "v", "attn_v", c.has("attn_q.bias"))
         add("rope", "q k v", f"q k {cache}")
         add("attention", f"q {cache}", "att")
-        add("matmul", "att x", "x", "attn_output", c.output_bias)
+        add("matmul", "att x", "x", "attn_output", c.has("attn_output.bias"))
         self.current = {unit}
 
     def _ffn(self, layer: int) -> None:

@@ -208,7 +208,7 @@ class _Maker:
         )
         keys = self.kv * c.head_dim_k // (c.head_dim_k + c.head_dim_v)
         size += int(allocated(np.array(keys)) + allocated(np.array(self.kv - keys)))
-        tokens = min(self.n_ctx, USUAL_CONTEXT, c.sliding_window or USUAL_CONTEXT)
+        tokens = min(self.n_ctx, USUAL_CONTEXT, c.windows[number] or USUAL_CONTEXT)
         read = tokens * c.n_head_kv * (c.head_dim_k + c.head_dim_v) * 2
         on_cpu = sum(matrix.nbytes for matrix in weights)
         on_gpu = sum(matrix.n * matrix.packed_row for matrix in weights)

@@ -55,7 +55,7 @@ class TorchModel:
         rope.upto(n_ctx)
         table = torch.from_numpy(rope.table).to(dtype)
         self.cos, self.sin = table.chunk(2, dim=1)
-        self.mask = _mask(n_ctx, config.sliding_window, dtype)
+        self.masks = {window: _mask(n_ctx, window, dtype) for window in set(config.windows)}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Residual float32 [..., n_embd] of token ids int64 [...]."""
@@ -68,7 +68,7 @@ class TorchModel:
         q, k, v = self._heads(layer, x, 0)
         k, v = (t.repeat_interleave(c.n_head // c.n_head_kv, dim=1) for t in (k, v))
         # On CPUs, bfloat16 products and a softmax are three times as fast, both ways, as PyTorch's fused attention.
-        mask = self.mask[:n_tokens, :n_tokens].expand(n_windows * c.n_head, -1, -1)
+        mask = self.masks[c.windows[layer]][:n_tokens, :n_tokens].expand(n_windows * c.n_head, -1, -1)
         scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=c.attn_scale)
         out = torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view(n_windows, c.n_head, n_tokens, -1)
         return self._linear(f"blk.{layer}.attn_output", out.transpose(1, 2).flatten(2)).float()
@@ -78,7 +78,7 @@ class TorchModel:
         c = self.config
         q, k, v = self._heads(layer, x, at)
         keys[:, :, at : at + 1], values[:, :, at : at + 1] = k, v
-        seen = slice(max(0, at + 1 - (c.sliding_window or at + 1)), at + 1)
+        seen = slice(max(0, at + 1 - (c.windows[layer] or at + 1)), at + 1)
         grouped = q.view(len(x), c.n_head_kv, c.n_head // c.n_head_kv, -1)
         scores = grouped @ keys[:, :, seen].transpose(2, 3) * c.attn_scale
         out = scores.softmax(-1) @ values[:, :, seen]

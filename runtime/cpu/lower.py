@@ -329,7 +329,7 @@ class _Lowering:
             q=self.buffers.floats("q"),
             out=self.buffers.floats(node.writes[0]),
             scale=float(self.config.attn_scale),
-            window=self.config.sliding_window,
+            window=self.config.windows[node.layer],
             **self.buffers.scratch(),
             **self.heads(node.layer),
         )

@@ -166,7 +166,7 @@ class Lowering:
             n = part_floats(heads, b.sizes["tokens"], n_ctx, processors)
             self._attention_parts = self.device.allocate((n,))
         parts = self._attention_parts
-        numbers = (*vars(heads).values(), np.float32(c.attn_scale), c.sliding_window)
+        numbers = (*vars(heads).values(), np.float32(c.attn_scale), c.windows[node.layer])
         self._compile([*(attention_launch(heads, m, n_ctx, processors).name for m in (1, 2)), "attention_merge"])
 
         def run(n_tok: int, n_out: int) -> None:

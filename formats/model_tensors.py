@@ -1,0 +1,83 @@
+"""Which tensors a model's file must have, by its architecture's row, and which rows of fused ones stand for others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .architecture_terms import EMBEDDING, FUSED, FUSED_GATED, MODEL_WIDE, Architecture, Group, Shape
+from .errors import FormatError, UnsupportedError
+from .gguf import GGUFFile
+from .gguf_header import show
+from .powerinfer import own_block
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a fused tensor (or entries, of a bias), under a name of their own."""
+
+    name: str
+    source: str
+    first: int
+    count: int
+
+
+def groups(file: GGUFFile, row: Architecture) -> tuple[Group, Group]:
+    """The model-wide and the block tensors that this file has to have: of the optional ones, those that it has one of.
+
+    UnsupportedError where it has some tensors of a group and lacks others.
+    """
+    there = {name.removeprefix("blk.0.") for name in file.tensors}
+    chosen = [EMBEDDING, row.required, *(group for group in row.optional if there & set(group))]
+    chosen.append(max(row.ffn, key=lambda group: len(there & set(group))))
+    for group in chosen[2:-1]:
+        if missing := set(group) - there:
+            has, lacks = show(min(there & set(group))), show(min(missing))
+            raise UnsupportedError(f"{file.path}: {has} without {lacks} is not supported")
+    wanted = {name: shape for group in chosen for name, shape in group.items()}
+    model = {name: shape for name, shape in wanted.items() if name in MODEL_WIDE}
+    block = {name: shape for name, shape in wanted.items() if name not in MODEL_WIDE}
+    return model, own_block(block) if file.powerinfer else block
+
+
+def check(file: GGUFFile, model: Group, block: Group, n_layer: int, sizes: Mapping[str, int], more: set[str]) -> None:
+    """Every tensor is there in its shape, and no other is, but for `more`; FormatError or UnsupportedError."""
+    wanted: dict[str, Shape] = dict(model)
+    wanted |= {f"blk.{i}.{name}": shape for i in range(n_layer) for name, shape in block.items()}
+    for name, shape in wanted.items():
+        expected, info = tuple(sizes[size] for size in shape), file.tensors.get(name)
+        if info is None or info.shape != expected:
+            got = "no such tensor" if info is None else f"shape {info.shape}"
+            raise FormatError(file.path, f"tensor {show(name)}", got, f"shape {expected}")
+    for name in file.tensors:
+        if name not in wanted and name not in more:
+            arch = file.metadata["general.architecture"]
+            raise UnsupportedError(f"{file.path}: tensor {show(name)} is not one that {arch} models are run with")
+
+
+def fused_rows(block: Group, n_layer: int, sizes: Mapping[str, int]) -> tuple[Rows, ...]:
+    """What the fused tensors of a model hold."""
+    found = []
+    for fused, parts in FUSED.items():
+        for kind in ("weight", "bias"):
+            shape = block.get(f"{fused}.{kind}")
+            if shape is None or (fused == "ffn_up" and shape != FUSED_GATED["ffn_up.weight"]):
+                continue
+            for layer in range(n_layer):
+                first = 0
+                for name, width in parts:
+                    names = f"blk.{layer}.{name}.{kind}", f"blk.{layer}.{fused}.{kind}"
+                    found.append(Rows(names[0], names[1], first, sizes[width]))
+                    first += sizes[width]
+    return tuple(found)
+
+
+def unfused(block: Group) -> frozenset[str]:
+    """Names of a block's tensors as the decoder knows them."""
+    names = set(block)
+    for fused, parts in FUSED.items():
+        for kind in ("weight", "bias"):
+            name = f"{fused}.{kind}"
+            if name in names and (fused != "ffn_up" or block[name] == FUSED_GATED.get(name)):
+                names = names - {name} | {f"{part}.{kind}" for part, _ in parts}
+    return frozenset(names)
