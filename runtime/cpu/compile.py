@@ -32,6 +32,8 @@ FAMILIES = {
     "down": "down",
     "add_parts": "down",
     "transpose": "transpose",
+    "decode": "decode",
+    "encode": "encode",
     "rope": "rope",
     "attention": "attention",
 }

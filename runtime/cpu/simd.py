@@ -166,6 +166,7 @@ unsigned_to_f32 = _convert("f32", lambda b, v, t: b.uitofp(v, t))
 to_i32 = _convert("i32", lambda b, v, t: b.fptosi(v, t))  # toward zero
 widen = _convert("i32", lambda b, v, t: b.sext(v, t))
 narrow_i8 = _convert("i8", lambda b, v, t: b.trunc(v, t))
+narrow_i16 = _convert("i16", lambda b, v, t: b.trunc(v, t))
 as_f32 = _convert("f32", lambda b, v, t: b.bitcast(v, t))
 as_i32 = _convert("i32", lambda b, v, t: b.bitcast(v, t))
 
@@ -186,7 +187,7 @@ def _binary(name):
     return apply
 
 
-vabs, vmax, vmin = _unary("fabs"), _binary("maxnum"), _binary("minnum")
+vabs, vsqrt, vmax, vmin = _unary("fabs"), _unary("sqrt"), _binary("maxnum"), _binary("minnum")
 
 
 @intrinsic
