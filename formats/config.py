@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .architecture_terms import Architecture, Group
+from .architecture_terms import WHOLE_NORMS, Architecture, Group
 from .architectures import lookup
 from .errors import FormatError, UnsupportedError
 from .gguf import GGUFFile
 from .gguf_header import show
-from .model_tensors import Rows, check, fused_rows, groups, unfused
+from .model_tensors import check, fused_rows, groups, unfused
 from .powerinfer import FAMILIES, check_predictors
 
 MAX_INT = 2**31 - 1  # the largest int32: positions and token ids are of that type
@@ -66,6 +66,7 @@ class ModelConfig:
     attn_scale: float
     activation: str  # of the FFN: silu, gelu (tanh form), gelu_erf, relu, relu2 (squared), or drelu (gate and up both)
     tensors: frozenset[str]  # names of those that the file has, of the first block for all; fused ones taken apart
+    whole_head_norms: bool = False  # norms of q and k are over all heads at once
     local_base: float = 0.0  # rope base of layers with a window, which are not scaled then; 0: as all others
     gated: bool = True  # h = act(gate) * up, or else act(up)
     parallel: bool = False  # attention and FFN read the same residual
@@ -74,15 +75,18 @@ class ModelConfig:
     logit_scale: float = 1.0  # logits are multiplied by it
     attn_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they stay
     logit_softcap: float = 0.0
+    n_positions: int = 0  # learned ones; 0: any number
     n_expert: int = 0
     n_expert_used: int = 0  # of a token
     weights_norm: bool = True  # the weights of a token's experts sum to 1
-    fused: tuple[Rows, ...] = ()  # tensors that are rows of others
     sampling: dict[str, float | int] = field(default_factory=dict)  # general.sampling.*, without that prefix
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> ModelConfig:
-        """Read and check metadata and tensor shapes: FormatError if broken, UnsupportedError if foreign."""
+        """Read and check metadata and tensor shapes: FormatError if broken, UnsupportedError if foreign.
+
+        It also tells the file which rows of fused tensors stand for others (GGUFFile.rows).
+        """
         return _Reader(file).config()
 
     def has(self, tensor: str) -> bool:
@@ -173,6 +177,7 @@ class _Reader:
             attn_scale=self.number("attention.scale", 0.0, 0.0, 1e6) or 1.0 / math.sqrt(n_wide),
             activation=self.activation(),
             tensors=frozenset(model) | unfused(block),
+            whole_head_norms=block.get("attn_q_norm.weight") == WHOLE_NORMS["attn_q_norm.weight"],
             local_base=self.number("rope.freq_base_swa", row.local_base, 2.0, 1e30) if row.local_base else 0.0,
             gated=row.gated,
             parallel=self.parallel(block),
@@ -181,13 +186,15 @@ class _Reader:
             logit_scale=1.0 / logit_scale if row.divides_logits else logit_scale,
             attn_softcap=self.number("attn_logit_softcapping", row.softcaps[0], 0.0, 1e6),
             logit_softcap=self.number("final_logit_softcapping", row.softcaps[1], 0.0, 1e6),
+            n_positions=self.positions() if "position_embd.weight" in model else 0,
             n_expert=n_expert,
             n_expert_used=n_used,
             weights_norm=file.get(f"{row.name}.expert_weights_norm", row.weights_norm, bool),
             sampling=self.sampling(),
         )
         self.check_tensors(config, model, block)
-        return replace(config, fused=fused_rows(block, self.n_layer, self.sizes(config)))
+        file.rows = fused_rows(file, block, self.n_layer, self.sizes(config))
+        return config
 
     def experts(self, block: Group) -> tuple[int, int, int]:
         """How many experts there are, how many a token uses, and the neurons of one (0, 0 and all without experts)."""
@@ -261,6 +268,10 @@ class _Reader:
             raise self.error("tokenizer.ggml.tokens", f"{len(tokens)} tokens", wanted)
         return info.shape[1]
 
+    def positions(self) -> int:
+        info = self.file.tensors.get("position_embd.weight")
+        return info.shape[-1] if info else self.integer("context_length", 1)
+
     def windows(self) -> tuple[int, ...]:
         """Each layer's sliding window; by the row which layers have one, if the file does not say."""
         window = self.integer("attention.sliding_window", 0, 0)
@@ -328,11 +339,10 @@ class _Reader:
         """What the names of dimensions in the table of architectures stand for."""
         n_q, n_k = config.n_head * config.head_dim_k, config.n_head_kv * config.head_dim_k
         n_v = config.n_head_kv * config.head_dim_v
-        positions = self.file.tensors.get("position_embd.weight")
         return {
             "n_embd": config.n_embd,
             "n_vocab": config.n_vocab,
-            "n_pos": positions.shape[-1] if positions else 0,
+            "n_pos": config.n_positions,
             "n_ff": config.n_ff,
             "n_gate_up": 2 * config.n_ff,
             "n_expert": config.n_expert,

@@ -38,6 +38,7 @@ class GGUFFile:
     data_offset: int
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    rows: dict[str, TensorInfo]  # rows of fused tensors, under names of their own; set by ModelConfig.from_gguf
 
     def __init__(self, path: str | os.PathLike[str], span: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
@@ -49,7 +50,7 @@ class GGUFFile:
             header = Header(self.path, mapping)
             self.powerinfer, self.version, self.alignment = header.powerinfer, header.version, header.alignment
             self.metadata, self.tensors = header.metadata, header.tensors
-            self.data_offset = header.data_offset
+            self.data_offset, self.rows = header.data_offset, {}
             self._bytes = np.frombuffer(mapping, np.uint8)
         except BaseException:
             self.close()
@@ -57,17 +58,17 @@ class GGUFFile:
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """The tensor's bytes: uint8 (nbytes,), a read-only view of the mapping that outlives close()."""
-        mapped, info = self._mapped(), self._info(name)
+        mapped, info = self._mapped(), self.info(name)
         return mapped[info.offset : info.offset + info.nbytes]
 
     def address(self, name: str) -> int:
         """Memory address of the tensor's first byte; valid until close(), or while a data() view lives."""
-        mapped, info = self._mapped(), self._info(name)
+        mapped, info = self._mapped(), self.info(name)
         return int(mapped.__array_interface__["data"][0]) + info.offset
 
     def dequantized(self, name: str) -> NDArray[np.float32]:
         """A float32 copy in NumPy order (shape reversed), through gguf.quants: slow, for small tensors."""
-        raw, info = self.data(name), self._info(name)
+        raw, info = self.data(name), self.info(name)
         if info.type.name in ("I8", "I16", "I32", "I64", "F64"):
             plain = f"<{info.type.name[0].lower()}{info.type.type_size}"
             return raw.view(plain).astype(np.float32).reshape(info.shape[::-1])
@@ -132,8 +133,12 @@ class GGUFFile:
             raise ClosedError(f"{self.path} is closed")
         return self._bytes
 
-    def _info(self, name: str) -> TensorInfo:
-        info = self.tensors.get(name)
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows or name in self.tensors
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, type, place and size of a tensor, or of rows of a fused one; FormatError if there is none."""
+        info = self.rows.get(name) or self.tensors.get(name)
         if info is None:
             raise FormatError(self.path, f"tensor {show(name)}", "none", "a tensor of this name")
         return info

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from .architecture_terms import EMBEDDING, FUSED, FUSED_GATED, MODEL_WIDE, Architecture, Group, Shape
 from .errors import FormatError, UnsupportedError
-from .gguf import GGUFFile
+from .gguf import GGUFFile, TensorInfo
 from .gguf_header import show
 from .powerinfer import own_block
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a fused tensor (or entries, of a bias), under a name of their own."""
-
-    name: str
-    source: str
-    first: int
-    count: int
 
 
 def groups(file: GGUFFile, row: Architecture) -> tuple[Group, Group]:
@@ -55,21 +44,23 @@ def check(file: GGUFFile, model: Group, block: Group, n_layer: int, sizes: Mappi
             raise UnsupportedError(f"{file.path}: tensor {show(name)} is not one that {arch} models are run with")
 
 
-def fused_rows(block: Group, n_layer: int, sizes: Mapping[str, int]) -> tuple[Rows, ...]:
-    """What the fused tensors of a model hold."""
-    found = []
+def fused_rows(file: GGUFFile, block: Group, n_layer: int, sizes: Mapping[str, int]) -> dict[str, TensorInfo]:
+    """What the fused tensors of a model hold: rows (or entries, of a bias) by the names that the decoder knows."""
+    found = {}
     for fused, parts in FUSED.items():
         for kind in ("weight", "bias"):
-            shape = block.get(f"{fused}.{kind}")
-            if shape is None or (fused == "ffn_up" and shape != FUSED_GATED["ffn_up.weight"]):
+            name = f"{fused}.{kind}"
+            if not _is_fused(block, name):
                 continue
             for layer in range(n_layer):
-                first = 0
-                for name, width in parts:
-                    names = f"blk.{layer}.{name}.{kind}", f"blk.{layer}.{fused}.{kind}"
-                    found.append(Rows(names[0], names[1], first, sizes[width]))
-                    first += sizes[width]
-    return tuple(found)
+                whole, first = file.tensors[f"blk.{layer}.{name}"], 0
+                row = whole.type.type_size if kind == "bias" else whole.row_size
+                for part, width in parts:
+                    n, own = sizes[width], f"blk.{layer}.{part}.{kind}"
+                    shape = (n,) if kind == "bias" else (whole.shape[0], n)
+                    found[own] = TensorInfo(own, shape, whole.type, whole.offset + first * row, n * row)
+                    first += n
+    return found
 
 
 def unfused(block: Group) -> frozenset[str]:
@@ -77,7 +68,11 @@ def unfused(block: Group) -> frozenset[str]:
     names = set(block)
     for fused, parts in FUSED.items():
         for kind in ("weight", "bias"):
-            name = f"{fused}.{kind}"
-            if name in names and (fused != "ffn_up" or block[name] == FUSED_GATED.get(name)):
-                names = names - {name} | {f"{part}.{kind}" for part, _ in parts}
+            if _is_fused(block, f"{fused}.{kind}"):
+                names = names - {f"{fused}.{kind}"} | {f"{part}.{kind}" for part, _ in parts}
     return frozenset(names)
+
+
+def _is_fused(block: Group, name: str) -> bool:
+    """ffn_up is, where it is twice as wide as its name says."""
+    return name in block and (name.startswith("attn") or block[name] == FUSED_GATED.get(name))

@@ -83,7 +83,7 @@ class PowerInferImage(GGUFFile):
                 self._names[blk + "ffn_pred_b.weight"] = blk + "fc2.weight"
                 self._names[blk + "ffn_pred_cut"] = ""
         self.metadata = {"hotcold.predictor.kind": "relu", "hotcold.predictor.input": "residual"}
-        self.tensors = {name: self._own_info(name) for name in self._names}
+        self.tensors, self.rows = {name: self._own_info(name) for name in self._names}, {}
         if over is not None:
             self.metadata |= over.metadata
             self.tensors |= over.tensors

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..formats.config import ModelConfig
-from .graph import Graph, Node
+from .cpu_ffn import FFN
+from .graph import Graph, Node, part
 from .sparsity import Plan, everything
 
 
@@ -22,20 +23,16 @@ class Split:
     mapped: bool = False
 
 
-def part(tensor: str, name: str) -> str:
-    """The name of the "hot" or "cold" rows of a tensor."""
-    return f"{tensor}@{name}"
-
-
 def build(
     config: ModelConfig, plan: Plan | None = None, ranks: tuple[int, ...] = (), split: Split | None = None
 ) -> Graph:
-    """The graph of a pre-norm decoder with rotary positions and a gated FFN.
+    """The graph of a decoder, by what its configuration says.
 
-    Values: x (residual), a (normed), q k v att, f (normed), gate up h, y (normed output rows), logits; of a sparse FFN
-    also r and scores (a predictor's), picked (gates or scores of the listed neurons), active.N (the list). On the GPU
-    likewise, and parts (sums of the hot neurons), base (x with the cold ones added). ranks: of the predictors, by
-    layer. Of a dense model's split layers, the CPU lists all cold neurons.
+    Values: x (residual), a (normed), q k v att, f (normed), gate up h, o (what a norm follows before it is added), y
+    (normed output rows), logits; of a sparse FFN also r and scores (a predictor's), picked (gates or scores of the
+    listed neurons), active.N (the list); of a mixture of experts router (its logits), routed (pairs of a token and an
+    expert). On the GPU likewise, and parts (sums of the hot neurons), base (x or o with the cold ones). ranks: of the
+    predictors, by layer. Of a dense model's split layers, the CPU lists all cold neurons.
     """
     return _Decoder(config, plan, ranks, split).graph
 
@@ -44,13 +41,21 @@ class _Decoder:
     def __init__(self, config: ModelConfig, plan: Plan | None, ranks: tuple[int, ...], split: Split | None) -> None:
         self.config, self.plan, self.ranks = config, plan, ranks
         self.split = split or Split((False,) * config.n_layer, (0,) * config.n_layer, False)
+        # A residual that is divided by a scale instead of growing by scaled sums: norms take any scale off again.
+        self.eps = config.norm_eps / config.residual_scale**2
         self.graph = Graph(widths=_widths(config, ranks))
         if split:
             on_gpu = {f"gpu.{value}": width for value, width in self.graph.widths.items()}
             self.graph.widths |= on_gpu | {"gpu.base": config.n_embd, "gpu.parts": config.n_embd}
         self.current = {"cpu"}  # the units that have the residual as it is now
-        self._add("embed", "", "x", "token_embd.weight")
+        self._add("embed", "", "x", "token_embd.weight", gain=config.embd_scale / config.residual_scale)
+        if config.has("position_embd.weight"):
+            self._add("positions", "tokens x", "x", "position_embd.weight", gain=1 / config.residual_scale)
         for layer in range(config.n_layer):
+            if config.parallel:  # the FFN's norm comes before attention changes the residual
+                for unit in sorted(self._ffn_units(layer)):
+                    self._need(unit)
+                    self._ffn_norm(layer, unit)
             self._attention(layer, "gpu" if self.split.attention[layer] else "cpu")
             self._ffn(layer)
         self._head("gpu" if self.split.head else "cpu")
@@ -74,160 +79,170 @@ class _Decoder:
             self._copy(*(("send", "x", "gpu.x") if unit == "gpu" else ("fetch", "gpu.x", "x")))
             self.current.add(unit)
 
+    def _bias(self, name: str) -> str:
+        """`NAME.bias` of a block, if there is one."""
+        return f"{name}.bias" if self.config.has(f"{name.split('.', 2)[2]}.bias") else ""
+
+    def _norm(self, layer: int, unit: str, reads: str, to: str, *names: str, group: int = 0) -> None:
+        """A norm of the first of these names that the model has; without any, values stay as they are."""
+        name = next((name for name in names if self.config.has(f"{name}.weight")), "")
+        if not name:
+            self._add("pack", reads, to, unit=unit, layer=layer)
+            return
+        tensor = f"blk.{layer}.{name}"
+        eps = self.eps if reads == "x" else self.config.norm_eps
+        how = {"bias": self._bias(tensor), "function": self.config.norm, "eps": eps, "group": group}
+        self._add("norm", reads, to, f"{tensor}.weight", unit, layer=layer, **how)
+
     def _attention(self, layer: int, unit: str) -> None:
         self._need(unit)
         cache, c = f"kv.{layer}", self.config
+        target, base = ("o", "") if c.has("post_attention_norm.weight") else ("x", " x")
 
-        def add(op: str, reads: str, writes: str, weight: str = "", bias: bool = False) -> None:
+        def add(op: str, reads: str, writes: str, weight: str = "") -> None:
             name = f"blk.{layer}.{weight}"
-            names = {"bias": f"{name}.bias" if bias else ""}
-            self._add(op, reads, writes, f"{name}.weight" if weight else "", unit, layer=layer, **names)
+            fields = {"bias": self._bias(name) if weight else ""}
+            self._add(op, reads, writes, f"{name}.weight" if weight else "", unit, layer=layer, **fields)
 
-        add("norm", "x", "a", "attn_norm")
-        add("matmul", "a", "q", "attn_q", c.has("attn_q.bias"))
-        add("matmul", "a", "k", "attn_k", c.has("attn_q.bias"))
-        add("matmul", "a", "v", "attn_v", c.has("attn_q.bias"))
+        self._norm(layer, unit, "x", "a", "attn_norm_2", "attn_norm")
+        add("matmul", "a", "q", "attn_q")
+        add("matmul", "a", "k", "attn_k")
+        add("matmul", "a", "v", "attn_v")
+        if c.has("attn_q_norm.weight"):
+            group = 0 if c.whole_head_norms else c.head_dim_k
+            self._norm(layer, unit, "q", "q", "attn_q_norm", group=group)
+            self._norm(layer, unit, "k", "k", "attn_k_norm", group=group)
         add("rope", "q k v", f"q k {cache}")
         add("attention", f"q {cache}", "att")
-        add("matmul", "att x", "x", "attn_output", c.has("attn_output.bias"))
+        add("matmul", f"att{base}", target, "attn_output")
+        if not base:
+            self._norm(layer, unit, "o x", "x", "post_attention_norm")
         self.current = {unit}
 
-    def _ffn(self, layer: int) -> None:
+    def _ffn_units(self, layer: int) -> set[str]:
+        """Where neurons of a layer are computed."""
         n_hot = self.split.hot[layer]
-        n_cold = self.config.n_ff - n_hot
-        if n_hot and (self.split.mapped or not n_cold):
-            self._need("gpu")
-            self._gpu_ffn(layer, {"hot": n_hot, "cold": n_cold} if n_cold else {"": n_hot})
-            self.current = {"gpu"}
-        elif n_hot:
-            self._need("cpu")
-            self._need("gpu")
-            self._gpu_ffn(layer, {"hot": n_hot})
-            self._sparse_ffn(layer, self.plan or everything(self.config), n_cold)
-            self._copy("send", "x", "gpu.base")
-            self._add("merge", "base parts", "x", unit="gpu", layer=layer)
-            self.current = {"gpu"}
-        else:
-            self._need("cpu")
-            if self.plan:
-                self._sparse_ffn(layer, self.plan, 0)
+        if n_hot and (self.split.mapped or n_hot == self.config.n_ff):
+            return {"gpu"}
+        return {"cpu", "gpu"} if n_hot else {"cpu"}
+
+    def _ffn_norm(self, layer: int, unit: str) -> None:
+        self._norm(layer, unit, "x", "f", "ffn_norm", *(("attn_norm",) if self.config.parallel else ()))
+
+    def _ffn(self, layer: int) -> None:
+        """What the neurons add to the residual; where a norm comes in between, they make o, and that is added."""
+        c, units = self.config, self._ffn_units(layer)
+        n_hot = self.split.hot[layer]
+        n_cold = c.n_ff - n_hot if n_hot else 0
+        to, base = ("o", "") if c.has("post_ffw_norm.weight") else ("x", " x")
+        for unit in sorted(units):
+            self._need(unit)
+            if not c.parallel:
+                self._ffn_norm(layer, unit)
+        if "gpu" in units:
+            hot = {"hot": n_hot} if "cpu" in units else {"hot": n_hot, "cold": n_cold} if n_cold else {"": n_hot}
+            self._gpu_ffn(layer, hot, to, base)
+        if "cpu" in units:
+            ffn = FFN(layer, n_cold, to, base, self._add, self._bias)
+            if c.n_expert:
+                ffn.experts(c, self.plan)
+            elif self.plan or n_cold:
+                ffn.sparse(c, self.plan or everything(c), self.ranks, self.graph.widths)
             else:
-                self._dense_ffn(layer)
-            self.current = {"cpu"}
+                ffn.dense(c)
+        if len(units) == 2:
+            self._copy("send", to, "gpu.base")
+            self._add("merge", "base parts", to, unit="gpu", layer=layer)
+        unit = "gpu" if "gpu" in units else "cpu"
+        if not base:
+            self._norm(layer, unit, "o x", "x", "post_ffw_norm")
+        self.current = {unit}
 
-    def _dense_ffn(self, layer: int) -> None:
-        block = f"blk.{layer}"
-        self._add("norm", "x", "f", f"{block}.ffn_norm.weight", layer=layer)
-        self._add("matmul", "f", "gate", f"{block}.ffn_gate.weight", layer=layer)
-        self._add("matmul", "f", "up", f"{block}.ffn_up.weight", layer=layer)
-        self._add("activate", "gate up", "gate h", layer=layer, function=self.config.activation)
-        self._add("matmul", "h x", "x", f"{block}.ffn_down.weight", layer=layer)
-
-    def _sparse_ffn(self, layer: int, plan: Plan, n_cold: int) -> None:
-        """A selection, then two branches: the listed neurons, or all of them with the inactive ones set to zero.
-
-        n_cold: of a layer that is split, the neurons that are not on the GPU; 0 for all.
-        """
-        active, threshold, function = f"active.{layer}", plan.thresholds[layer], self.config.activation
-        width = f":{n_cold}" if n_cold else ""
-        gate, up, h, scores, picked = (f"{value}{width}" for value in ("gate", "up", "h", "scores", "picked"))
-        self.graph.widths |= dict.fromkeys((gate, up, h, scores, picked), n_cold or self.config.n_ff)
-
-        def weight(name: str) -> str:
-            tensor = f"blk.{layer}.{name}"
-            return part(tensor, "cold") if n_cold and name not in ("ffn_norm.weight", "ffn_pred_a.weight") else tensor
-
-        def add(op: str, reads: str, writes: str, name: str = "", branch: str = "", **rest: str | float) -> None:
-            tensor = weight(f"{name}.weight") if name else ""
-            self._add(op, reads, writes, tensor, "cpu", layer=layer, branch=branch, **rest)
-
-        add("norm", "x", "f", "ffn_norm")
-        limit = n_cold or plan.limit
-        if plan.predictor:
-            r, cut = f"r{self.ranks[layer]}", weight("ffn_pred_cut")
-            add("matmul", "f" if plan.predictor_input == "ffn_norm" else "x", r, "ffn_pred_a")
-            if plan.predictor == "relu":
-                add("activate", r, r, function="relu")
-            add("matmul", r, scores, "ffn_pred_b")
-            add("select", scores, f"{active} {picked}", cut=cut, limit=limit)
-            add("rows", f"f {active}", gate, "ffn_gate", "sparse")
-            add("rows", f"f {active}", up, "ffn_up", "sparse")
-            add("activate", f"{gate} {up} {picked} {active}", gate, "", "sparse", function=function)
-            add("down", f"{gate} x {active}", "x", "ffn_down_t", "sparse")
-            add("matmul", "f", gate, "ffn_gate", "dense")
-            add("matmul", "f", up, "ffn_up", "dense")
-            add("activate", f"{gate} {up} {scores}", f"{gate} {h}", "", "dense", function=function, cut=cut)
-        else:
-            add("matmul", "f", gate, "ffn_gate")
-            add("select", gate, f"{active} {picked}", limit=limit, threshold=threshold)
-            add("rows", f"f {picked} {active}", up, "ffn_up", "sparse", function=function, threshold=threshold)
-            add("down", f"{up} x {active}", "x", "ffn_down_t", "sparse")
-            add("matmul", "f", up, "ffn_up", "dense")
-            add("activate", f"{gate} {up}", f"{gate} {h}", "", "dense", function=function, threshold=threshold)
-        if plan.dense_from_t or n_cold:
-            add("matmul_t", f"{h} x", "x", "ffn_down_t", "dense")
-        else:
-            add("matmul", f"{h} x", "x", "ffn_down", "dense")
-
-    def _gpu_ffn(self, layer: int, shares: dict[str, int]) -> None:
+    def _gpu_ffn(self, layer: int, shares: dict[str, int], to: str, base: str) -> None:
         """Shares of a layer's neurons, by name, on the GPU; "" is all of them.
 
-        They are added to x, unless they are only the hot ones: then their sums stay in parts for a merge to come.
+        They are added to x or set in o, unless they are only the hot ones: then their sums stay in parts for a merge to
+        come, and the bias of ffn_down comes from the CPU.
         """
-        plan, function = self.plan, self.config.activation
+        c, plan = self.config, self.plan
         threshold = plan.thresholds[layer] if plan else 0.0
 
         def weight(name: str, share: str) -> str:
             tensor = f"blk.{layer}.{name}"
             return part(tensor, share) if share else tensor
 
+        def bias(name: str, share: str) -> str:
+            tensor = self._bias(f"blk.{layer}.{name}")
+            return part(tensor, share) if share and tensor else tensor
+
         def add(op: str, reads: str, writes: str, tensor: str = "", **rest: str | float) -> None:
             self._add(op, reads, writes, tensor, "gpu", layer=layer, **rest)
 
-        add("norm", "x", "f", weight("ffn_norm.weight", ""))
         r = ""
         if plan and plan.predictor:
             r = f"r{self.ranks[layer]}"
             source = "f" if plan.predictor_input == "ffn_norm" else "x"
             add("matmul", source, r, weight("ffn_pred_a.weight", ""), function=plan.predictor.replace("dejavu", ""))
+        if c.n_expert:
+            add("matmul", "f", "router", weight("ffn_gate_inp.weight", ""))
+        exps = "_exps" if c.n_expert else ""
+        gated = {"up": "ffn_up", "gate": "ffn_gate"} if c.gated else {"gate": "ffn_up"}
         for share, n in shares.items():
             h, scores = f"gpu.h:{n}", f"gpu.scores:{n}"
             self.graph.widths |= {h: n, scores: n}
             if r:
                 add("matmul", r, scores, weight("ffn_pred_b.weight", share))
-            gate, up = weight("ffn_gate.weight", share), weight("ffn_up.weight", share)
-            cut = weight("ffn_pred_cut", share) if r else ""
-            reads = f"f {scores}" if r else "f"
-            add("ffn", reads, h, gate, up=up, function=function, threshold=threshold, cut=cut)
-            if plan is None and not share:
-                add("matmul", f"{h} x", "x", weight("ffn_down.weight", ""))
+            if c.n_expert:
+                add("route", "router", scores, weight("experts", share))
+            names = {key: weight(f"{name}{exps}.weight", share) for key, name in gated.items()}
+            rest: dict[str, str | float] = {
+                "up": names.get("up", ""),
+                "bias": bias(gated["gate"], share),
+                "up_bias": bias(gated["up"], share) if c.gated else "",
+                "cut": weight("ffn_pred_cut", share) if r else "",
+            }
+            reads = f"f {scores}" if r or c.n_expert else "f"
+            add("ffn", reads, h, names["gate"], function=c.activation, threshold=threshold, **rest)
+            if plan is None and not share and not c.n_expert:
+                add("matmul", f"{h}{base}", to, weight("ffn_down.weight", ""), bias=bias("ffn_down", ""))
                 continue
-            add("down", h, "parts", weight("ffn_down_t.weight", share))
+            add("down", h, "parts", weight(f"ffn_down{exps}_t.weight", share))
             if list(shares) != ["hot"]:
-                add("merge", "x parts", "x")
+                first = share == next(iter(shares))
+                reads = f"{to} parts" if base or not first else "parts"
+                add("merge", reads, to, bias=bias("ffn_down", "") if first else "")
 
     def _head(self, unit: str) -> None:
         self._need(unit)
-        tied = self.config.tied_output
-        self._add("norm", "x", "y", "output_norm.weight", unit, rows="outputs")
-        self._add("matmul", "y", "logits", "token_embd.weight" if tied else "output.weight", unit, rows="outputs")
+        c = self.config
+        bias = "output_norm.bias" if c.has("output_norm.bias") else ""
+        how = {"function": c.norm, "eps": self.eps, "bias": bias, "gain": c.logit_scale}
+        self._add("norm", "x", "y", "output_norm.weight", unit, rows="outputs", **how)
+        self._add(
+            "matmul", "y", "logits", "token_embd.weight" if c.tied_output else "output.weight", unit, rows="outputs"
+        )
         if unit == "gpu":
             self._copy("fetch", "gpu.logits", "logits", rows="outputs")
 
 
 def _widths(config: ModelConfig, ranks: tuple[int, ...]) -> dict[str, int]:
+    c = config
     widths = {
-        "x": config.n_embd,
-        "a": config.n_embd,
-        "q": config.n_head * config.head_dim_k,
-        "k": config.n_head_kv * config.head_dim_k,
-        "v": config.n_head_kv * config.head_dim_v,
-        "att": config.n_head * config.head_dim_v,
-        "f": config.n_embd,
-        "gate": config.n_ff,
-        "up": config.n_ff,
-        "h": config.n_ff,
-        "y": config.n_embd,
-        "logits": config.n_vocab,
+        "x": c.n_embd,
+        "a": c.n_embd,
+        "q": c.n_head * c.head_dim_k,
+        "k": c.n_head_kv * c.head_dim_k,
+        "v": c.n_head_kv * c.head_dim_v,
+        "att": c.n_head * c.head_dim_v,
+        "f": c.n_embd,
+        "gate": c.n_ff,
+        "up": c.n_ff,
+        "h": c.n_ff,
+        "o": c.n_embd,
+        "y": c.n_embd,
+        "logits": c.n_vocab,
     }
+    if c.n_expert:
+        widths |= dict.fromkeys(("gate", "up", "h"), c.expert_neurons)
+        widths |= {"router": c.n_expert, "sums": c.n_embd}
     return widths | {f"r{rank}": rank for rank in ranks}

@@ -250,13 +250,17 @@ def _default_context(config: ModelConfig) -> int:
     """The model's context, or what fits into a share of the free memory, but never nothing."""
     free = available_bytes()
     if free is None:
-        return min(config.n_ctx_train, MAX_CONTEXT)
+        return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT)
     fits = int(free * _KV_SHARE) // _token_bytes(config) // KV_BLOCK * KV_BLOCK
-    return min(config.n_ctx_train, MAX_CONTEXT, max(KV_BLOCK, fits))
+    return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT, max(KV_BLOCK, fits))
 
 
 def _check_context(config: ModelConfig, n_ctx: int) -> None:
     """Raise ParameterError for a context that could never be filled."""
+    if config.n_positions and n_ctx > config.n_positions:
+        raise ParameterError(
+            f"n_ctx: got {n_ctx}, wanted at most {config.n_positions}: {config.name!r:.60} has no positions beyond"
+        )
     total, each = total_bytes(), _token_bytes(config)
     if total is not None and n_ctx > total // each:
         raise ParameterError(

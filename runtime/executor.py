@@ -16,11 +16,11 @@ from .cpu.threads import ThreadPool
 from .graph import Graph
 from .kv_cache import KVCache, Sequence
 from .memory import aligned
-from .rope_table import RopeTable
+from .rope_table import rope_tables
 from .tensors import Tensors
 
 # Called with a layer's number, the residual before its FFN's norm [n_tok, n_embd], and the raw gate and up projections
-# [n_tok, n_ff], all float32 and valid only during the call.
+# [n_tok, n_ff], all float32 and valid only during the call. Without a gate, that of up is in its place and up is 1.
 Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
 # Sequences, and the tokens (int32) that each shall be given.
 Batch = Seq[tuple[Sequence, np.ndarray]]
@@ -45,16 +45,17 @@ class CPUExecutor:
         max_outputs: int,
         progress: Progress | None = None,
     ) -> None:
-        factors = tensors.dequantized("rope_freqs.weight") if "rope_freqs.weight" in tensors else None
-        self.rope = RopeTable(config, n_ctx, factors)
+        self.ropes = rope_tables(config, n_ctx, tensors)
         sizes = {"tokens": max_tokens, "outputs": max_outputs}
-        table = self.rope.table.ctypes.data
-        self.tape, walker = lower(graph, tensors, config, cache, table, n_threads, sizes, progress)
+        global_table, local_table = (rope.table.ctypes.data for rope in self.ropes)
+        tables = global_table, local_table
+        self.tape, walker = lower(graph, tensors, config, cache, tables, n_threads, sizes, progress)
         self._pool = ThreadPool(walker, n_threads)
         # also when this object is dropped or the interpreter ends: no thread may outlive the buffers
         self._end_threads = weakref.finalize(self, self._pool.close)
         self.steps = 0
-        self._n_embd, self._n_ff = config.n_embd, config.n_ff
+        self._n_embd, self._n_ff, self._softcap = config.n_embd, config.n_ff, np.float32(config.logit_softcap)
+        self._gated = config.gated
         self.tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
         self._tiles = np.zeros((max_tokens, 3), np.int32)
         self._tables = np.zeros(max_tokens, np.int64)
@@ -95,7 +96,8 @@ class CPUExecutor:
             positions[row : row + n] = np.arange(first, first + n)
             slots[row : row + n] = sequence.slots(first, n)
             self._tables[index] = sequence.table.ctypes.data
-            self.rope.upto(first + n)
+            for rope in self.ropes:
+                rope.upto(first + n)
             for start in range(0, n, QUERY_TILE):
                 self._tiles[n_tiles] = row + start, min(QUERY_TILE, n - start), index
                 n_tiles += 1
@@ -110,7 +112,11 @@ class CPUExecutor:
         """Note that the step's tokens are in their sequences; its logits."""
         for sequence, tokens in batch:
             sequence.tokens.extend(tokens.tolist())
-        return self._logits[: len(outputs)]
+        logits = self._logits[: len(outputs)]
+        if cap := self._softcap:
+            np.tanh(np.divide(logits, cap, out=logits), out=logits)
+            logits *= cap
+        return logits
 
     def walk(self, first: int, end: int) -> None:
         """Run some rows of the tape; a step walks all of them once, in order."""
@@ -119,7 +125,8 @@ class CPUExecutor:
 
     def _walk_by_layer(self, n_tok: int, see: Observer) -> None:
         """One step that halts before each FFN's activation."""
-        values = [self.tape.buffers[name].view(np.float32) for name in ("x", "gate", "up")]
+        names = ("x", "gate", "up" if self._gated else "gate")
+        values = [self.tape.buffers[name].view(np.float32) for name in names]
         widths = (self._n_embd, self._n_ff, self._n_ff)
         ends = [*self.tape.activations, len(self.tape.rows)]
         begin, layer = 0, 0
@@ -131,7 +138,7 @@ class CPUExecutor:
                     x, gate, up = (
                         v[: n_tok * width].reshape(n_tok, width) for v, width in zip(values, widths, strict=True)
                     )
-                    see(layer, x, gate, up)
+                    see(layer, x, gate, up if self._gated else np.broadcast_to(np.float32(1), gate.shape))
         except BaseException:
             for end in ends[layer:]:  # all rows must have been walked equally often
                 if begin < end:

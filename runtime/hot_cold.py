@@ -8,7 +8,7 @@ import numpy as np
 
 from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError
-from .decoder import part
+from .graph import part
 from .memory import aligned
 from .tensors import Tensors
 

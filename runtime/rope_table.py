@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
-from ..formats.config import ModelConfig
+from ..formats.config import ModelConfig, RopeScaling
+from .tensors import Tensors
 
 _STEP = 512  # positions computed at a time
 
@@ -34,6 +36,23 @@ class RopeTable:
             self._filled = end
 
 
+def rope_tables(config: ModelConfig, n_ctx: int, tensors: Tensors) -> tuple[RopeTable, RopeTable]:
+    """The tables of layers without and with a sliding window; one and the same, where the model has one base.
+
+    LongRoPE (Ding et al. 2024) divides frequencies by other factors in long contexts than in those trained at first; as
+    in llama.cpp, what counts is how long the context may become.
+    """
+    long = n_ctx > config.rope_scaling.orig_ctx
+    name = "rope_freqs.weight"
+    if config.rope_scaling.kind == "longrope":
+        name = f"rope_factors_{'long' if long else 'short'}.weight"
+    table = RopeTable(config, n_ctx, tensors.dequantized(name) if name in tensors else None)
+    if not config.local_base:
+        return table, table
+    local = replace(config, rope_base=config.local_base, rope_scaling=RopeScaling())
+    return table, RopeTable(local, n_ctx, None)
+
+
 def _frequencies(config: ModelConfig, factors: np.ndarray | None) -> tuple[np.ndarray, float]:
     """Radians per position of each pair (float64 [rope_dim / 2]), and the factor on both cosine and sine."""
     dims, scaling = config.rope_dim, config.rope_scaling
@@ -43,7 +62,7 @@ def _frequencies(config: ModelConfig, factors: np.ndarray | None) -> tuple[np.nd
         plain = plain / factors.astype(np.float64)
     interpolated = plain / scaling.factor
     if scaling.kind != "yarn" or scaling.ext_factor == 0.0:
-        return (plain if scaling.kind == "none" else interpolated), scaling.attn_factor
+        return (interpolated if scaling.kind != "none" else plain), scaling.attn_factor
 
     def pair_with(rotations: float) -> float:
         """The pair that turns `rotations` times within the original context."""

@@ -32,11 +32,11 @@ class Tensors:
         del self._made[name]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._made or any(name in file.tensors for file in self.files)
+        return name in self._made or any(name in file for file in self.files)
 
     def info(self, name: str) -> TensorInfo:
         """Shape, type and size."""
-        return self._made[name].info if name in self._made else self._file(name).tensors[name]
+        return self._made[name].info if name in self._made else self._file(name).info(name)
 
     def address(self, name: str) -> int:
         """Memory address of the first byte."""
@@ -57,4 +57,4 @@ class Tensors:
         return "made at load" if name in self._made else str(self._file(name).path)
 
     def _file(self, name: str) -> GGUFFile:
-        return next((file for file in self.files if name in file.tensors), self.files[0])
+        return next((file for file in self.files if name in file), self.files[0])

@@ -14,19 +14,19 @@ from .simd import hmax, hsum, lane_numbers, splat_f32, splat_i32, where_less
 from .tape import finish, take
 from .tiles import tile_fma, tile_store, tile_zero
 from .vector import LANES
-from .vmath import exp
+from .vmath import exp, tanh
 from .weights import inline
 
 _LOW = -1e30  # a score that no real one goes below
 
 
-def _pass(tokens: int) -> Any:
+def _pass(tokens: int, capped: bool) -> Any:
     """One pass of `tokens` queries over the cache blocks that they see."""
     block, lanes, low = KV_BLOCK, LANES, _LOW
     wide = LANES * 4
 
     @inline
-    def attend(room, limits, keys, values, table, kv_head, n_kv, dim_k, dim_v, window):
+    def attend(room, limits, keys, values, table, kv_head, n_kv, dim_k, dim_v, window, cap):
         """Leaves the unnormalised output in `o` [tokens][o_stride], sums in `state` [2][tokens] (maximum, sum).
 
         room: the thread's scratch, as laid out by `build`. limits: int32 [tokens], one past the last position that
@@ -56,7 +56,10 @@ def _pass(tokens: int) -> Any:
                 limit = i32_at(limits + t * 4)
                 start = limit - window - 1 if window > 0 else -1  # the last position that is hidden
                 hidden = splat_f32(low, block)
-                s = where_less(positions, splat_i32(limit, block), load_f32(scores + t * block * 4, block), hidden)
+                s = load_f32(scores + t * block * 4, block)
+                if capped:
+                    s = splat_f32(cap, block) * tanh(s * splat_f32(1.0 / cap, block), block)
+                s = where_less(positions, splat_i32(limit, block), s, hidden)
                 s = where_less(splat_i32(start, block), positions, s, hidden)
                 old = f32_at(state + t * 4)
                 top = max(old, hmax(s))
@@ -88,9 +91,10 @@ def _pass(tokens: int) -> Any:
 
 
 def build(family: str, variant: str) -> Any:
+    """`attention`, and `attention:softcap` with scores cap * tanh(score / cap) (Gemma 2, arXiv:2408.00118)."""
     args_of, step_of = Attention, Step
     many, block, lanes = 4, KV_BLOCK, LANES
-    attend_many, attend_one = _pass(many), _pass(1)
+    attend_many, attend_one = _pass(many, variant == "softcap"), _pass(1, variant == "softcap")
 
     def attention(args, step, ith, turn):
         n_tiles, tiles = i64_at(step + step_of.n_tiles), i64_at(step + step_of.tiles)
@@ -100,6 +104,7 @@ def build(family: str, variant: str) -> Any:
         dim_k, dim_v = i64_at(args + args_of.dim_k), i64_at(args + args_of.dim_v)
         keys, values = i64_at(args + args_of.keys), i64_at(args + args_of.values)
         scale, window = f64_at(args + args_of.scale), i64_at(args + args_of.window)
+        cap = f64_at(args + args_of.softcap)
         group = n_head // n_kv
         o_stride = ((dim_v + lanes - 1) // lanes) * lanes * 4
         scratch = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
@@ -129,9 +134,9 @@ def build(family: str, variant: str) -> Any:
                         put_f32(q_panel + (d * here + t) * 4, f32_at(source + d * 4) * scale)
                     put_i32(limits + t * 4, i32_at(positions + token * 4) + 1)
                 if here == many:
-                    attend_many(room, limits, keys, values, table, h, n_kv, dim_k, dim_v, window)
+                    attend_many(room, limits, keys, values, table, h, n_kv, dim_k, dim_v, window, cap)
                 else:
-                    attend_one(room, limits, keys, values, table, h, n_kv, dim_k, dim_v, window)
+                    attend_one(room, limits, keys, values, table, h, n_kv, dim_k, dim_v, window, cap)
                 for t in range(min(here, n_query - at)):
                     i = at + t
                     token, head = first + i // group, h * group + i % group

@@ -148,7 +148,7 @@ def _add_super(t: Super) -> Any:
 
 
 def build(family: str, variant: str) -> Any:
-    """`down:TYPE`: the parts' sums. `add_parts`: out += parts, in order."""
+    """`down:TYPE`: the parts' sums. `add_parts`: out = or += parts, in order, and a bias."""
     return _add_parts() if family == "add_parts" else _down(variant)
 
 
@@ -216,25 +216,38 @@ def _add_parts() -> Any:
     args_of, step_of, lanes, span = AddParts, Step, LANES, 256
 
     def add_parts(args, step, ith, turn):
-        size = i64_at(step + step_of.n_tok) * i64_at(args + args_of.n)
+        n_tok, n = i64_at(step + step_of.n_tok), i64_at(args + args_of.n)
         out, sums, parts = i64_at(args + args_of.out), i64_at(args + args_of.sums), i64_at(args + args_of.parts)
-        n_chunks = (size + span - 1) // span
+        bias, add = i64_at(args + args_of.bias), i64_at(args + args_of.add)
+        spans = (n + span - 1) // span
+        n_chunks, part_bytes = n_tok * spans, n_tok * n * 4
         while True:
-            first = take(args, turn, n_chunks) * span
-            if first < 0:
+            c = take(args, turn, n_chunks)
+            if c < 0:
                 break
-            i, end = first, min(first + span, size)
+            row, i = c // spans * n * 4, c % spans * span
+            end = min(i + span, n)
             while i + lanes <= end:
-                v = load_f32(sums + i * 4, lanes)
+                at = row + i * 4
+                v = load_f32(sums + at, lanes)
                 for p in range(1, parts):
-                    v = v + load_f32(sums + (p * size + i) * 4, lanes)
-                store(out + i * 4, load_f32(out + i * 4, lanes) + v)
+                    v = v + load_f32(sums + p * part_bytes + at, lanes)
+                if bias != 0:
+                    v = v + load_f32(bias + i * 4, lanes)
+                if add != 0:
+                    v = v + load_f32(out + at, lanes)
+                store(out + at, v)
                 i += lanes
             while i < end:
-                x = f32_at(sums + i * 4)
+                at = row + i * 4
+                x = f32_at(sums + at)
                 for p in range(1, parts):
-                    x += f32_at(sums + (p * size + i) * 4)
-                put_f32(out + i * 4, f32_at(out + i * 4) + x)
+                    x += f32_at(sums + p * part_bytes + at)
+                if bias != 0:
+                    x += f32_at(bias + i * 4)
+                if add != 0:
+                    x += f32_at(out + at)
+                put_f32(out + at, x)
                 i += 1
             finish(args)
         return n_chunks

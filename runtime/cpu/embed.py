@@ -5,29 +5,42 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import Embed, Step
-from .loads import f16_at, i32_at, i64_at, load_bf16, load_f16, load_f32, put_f32, store
+from .loads import f16_at, f32_at, f64_at, i32_at, i64_at, load_bf16, load_f16, load_f32, put_f32, store
 from .simd import fma, hsum, part, splat_f32, spread, unsigned_to_f32
 from .tape import finish, take
 from .weights import FLOAT, PLAIN, SUPER, inline
 
 
 def build(family: str, variant: str) -> Any:
+    """Rows of the table times `gain`, by token id or, added to what is there, by position."""
     args_of, step_of = Embed, Step
     dequantise = dequantiser(variant)
 
     def embed(args, step, ith, turn):
-        n_tok, ids = i64_at(step + step_of.n_tok), i64_at(step + step_of.ids)
+        n_tok, ids = i64_at(step + step_of.n_tok), i64_at(step + i64_at(args + args_of.at))
         w, out, k, row_bytes = (
             i64_at(args + args_of.w),
             i64_at(args + args_of.out),
             i64_at(args + args_of.k),
             i64_at(args + args_of.row_bytes),
         )
+        gain, add = f64_at(args + args_of.gain), i64_at(args + args_of.add)
+        spare = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
         while True:
             t = take(args, turn, n_tok)
             if t < 0:
                 break
-            dequantise(w + i32_at(ids + t * 4) * row_bytes, out + t * k * 4, k)
+            to = out + t * k * 4
+            row = w + i32_at(ids + t * 4) * row_bytes
+            if add != 0:
+                dequantise(row, spare, k)
+                for i in range(k):
+                    put_f32(to + i * 4, f32_at(to + i * 4) + f32_at(spare + i * 4) * gain)
+            else:
+                dequantise(row, to, k)
+                if gain != 1.0:
+                    for i in range(k):
+                        put_f32(to + i * 4, f32_at(to + i * 4) * gain)
             finish(args)
         return n_tok
 

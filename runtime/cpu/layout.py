@@ -48,14 +48,18 @@ MatMul = arguments(
 )
 Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice {_PACKED}")
 Select = arguments("Select", "src n low high top cut list picked choice limit")
-Rows = arguments("Rows", "w out k row_bytes out_stride list choice parts ahead gates threshold xq xd xn xs xf")
+Rows = arguments("Rows", "w out bias k row_bytes out_stride list choice parts ahead gates threshold xq xd xn xs xf")
 Down = arguments("Down", "w out h h_stride n row_bytes list choice parts ahead")
-AddParts = arguments("AddParts", "sums out n parts")
-Norm = arguments("Norm", f"src weight k eps rows count scratch scratch_bytes {_PACKED}")
-Embed = arguments("Embed", "w out k row_bytes")
+AddParts = arguments("AddParts", "sums out bias add n parts")
+Norm = arguments(
+    "Norm", f"src weight bias n_weight k group eps gain rows count out add scratch scratch_bytes {_PACKED}"
+)
+Embed = arguments("Embed", "w out k row_bytes gain at add scratch scratch_bytes")
 Rope = arguments("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")
 Transpose = arguments("Transpose", "w out k n row_bytes scratch scratch_bytes")
-Attention = arguments("Attention", "q out n_head n_kv dim_k dim_v keys values scale window scratch scratch_bytes")
+Attention = arguments(
+    "Attention", "q out n_head n_kv dim_k dim_v keys values scale softcap window scratch scratch_bytes"
+)
 
 
 def packed_bytes(k: int, tokens: int, quantised: bool) -> dict[str, int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from ...formats.config import ModelConfig
-from ..graph import Graph, Node
+from ..graph import Graph, Node, memory_of
 from ..kv_cache import KVCache
 from ..sparsity import gate_range
 from ..tensors import Tensors
@@ -45,21 +46,24 @@ class _Lowering:
         tensors: Tensors,
         config: ModelConfig,
         cache: KVCache,
-        rope_table: int,
+        rope_tables: tuple[int, int],
         n_threads: int,
         sizes: dict[str, int],
     ) -> None:
         self.tensors, self.config, self.cache = tensors, config, cache
-        self.rope_table, self.n_threads = rope_table, n_threads
+        self.rope_tables, self.n_threads = rope_tables, n_threads
         self.buffers = Buffers(graph, tensors, config, n_threads, sizes)
         self.widths = graph.widths
         self.assembly = Assembly(self.buffers)
         self.emit = self.assembly.emit
         self.activations: list[int] = []
         nodes = self.buffers.nodes
-        self.prepacked = {name for node in nodes if node.op in ("norm", "activate") for name in node.writes}
+        packing = (node for node in nodes if node.op in ("norm", "activate", "pack") and node.writes[0] != "x")
+        self.prepacked = {name for node in packing for name in node.writes}
         lowerings: dict[str, Callable[[Node], None]] = {
             "embed": self.embed,
+            "positions": self.embed,
+            "pack": self.pack,
             "norm": self.norm,
             "matmul": self.matmul,
             "matmul_t": self.matmul_t,
@@ -91,23 +95,53 @@ class _Lowering:
             out=self.buffers.floats(node.writes[0]),
             k=info.shape[0],
             row_bytes=info.row_size,
+            gain=float(node.gain),
+            at=Step.positions if node.op == "positions" else Step.ids,
+            add=int(node.adds),
+            **self.buffers.scratch(),
         )
 
     def norm(self, node: Node) -> None:
+        """Packed for its readers; as floats where it is in place, added, or of an FFN, whose observer looks at it."""
+        k, to = self.widths[node.reads[0]], node.writes[0]
+        floats = to in node.reads or to == "f"
         self.emit(
-            "norm",
+            f"norm:{node.function}",
             Norm,
             node,
             node.reads,
             node.writes,
             src=self.buffers.floats(node.reads[0]),
             weight=self.buffers.vector(node.weight),
-            k=self.widths[node.reads[0]],
-            eps=float(self.config.norm_eps),
+            bias=self.buffers.vector(node.bias) if node.bias else 0,
+            n_weight=math.prod(self.tensors.info(node.weight).shape),
+            k=k,
+            group=node.group or k,
+            eps=float(node.eps),
+            gain=float(node.gain),
             rows=Step.out_rows if node.rows == "outputs" else 0,
             count=self.count(node),
+            out=self.buffers.floats(to) if floats else 0,
+            add=int(node.adds),
             **self.buffers.scratch(),
-            **self.buffers.packed(node.writes[0]),
+            **({} if to in node.reads else self.buffers.packed(to)),
+        )
+
+    def pack(self, node: Node) -> None:
+        """Pack a value as it is, for readers that know it by another name."""
+        source, to = node.reads[0], node.writes[0]
+        self.emit(
+            "pack",
+            Pack,
+            node,
+            node.reads,
+            node.writes,
+            src=self.buffers.floats(source),
+            k=self.widths[source],
+            stride=self.widths[source],
+            count=self.count(node),
+            segment=_SEGMENT,
+            **self.buffers.packed(to),
         )
 
     def packed(self, node: Node) -> tuple[str, dict[str, int]]:
@@ -132,14 +166,16 @@ class _Lowering:
         return source, {key: at for key, at in self.buffers.packed(value).items() if key.startswith("x")}
 
     def activate(self, node: Node) -> None:
-        """act(first read) * second, if there is one, over the first; scores of a predictor come third."""
+        """act(first read) * up, if it is read too, over the first; 0 where a predictor's scores, if read, are low."""
         source, *others = (name for name in node.reads if not name.startswith("active."))
         fields: dict[str, Any] = {}
-        if others:
-            fields["second"] = self.buffers.floats(others[0])
+        if memory_of(node.writes[-1]) == "h":
             self.activations.append(len(self.assembly.ops))
-        if len(others) > 1:
-            fields["scores"] = self.buffers.floats(others[1])
+        for other in others:
+            if memory_of(other) == "up":
+                fields["second"] = self.buffers.floats(other)
+                continue
+            fields["scores"] = self.buffers.floats(other)
             fields["cut"] = self.buffers.vector(node.cut) if node.cut else self.buffers.zeros(self.widths[source])
         if node.branch == "sparse":
             fields["choice"] = self.buffers.choice(node.layer)
@@ -199,6 +235,7 @@ class _Lowering:
             node.writes,
             w=self.tensors.address(node.weight),
             out=self.buffers.floats(node.writes[0]),
+            bias=self.buffers.vector(node.bias) if node.bias else 0,
             k=info.n_rows,
             n=info.shape[0],
             row_bytes=info.row_size,
@@ -249,6 +286,7 @@ class _Lowering:
             threshold=float(node.threshold),
             w=self.tensors.address(node.weight),
             out=self.buffers.floats(node.writes[0]),
+            bias=self.buffers.vector(node.bias) if node.bias else 0,
             k=info.shape[0],
             row_bytes=info.row_size,
             out_stride=info.n_rows,
@@ -287,6 +325,8 @@ class _Lowering:
             node.writes,
             sums=sums,
             out=self.buffers.floats(node.writes[0]),
+            bias=self.buffers.vector(node.bias) if node.bias else 0,
+            add=int(node.adds),
             n=info.shape[0],
             parts=parts,
         )
@@ -315,13 +355,14 @@ class _Lowering:
             k=k,
             v=v,
             rope_dim=self.config.rope_dim,
-            table=self.rope_table,
+            table=self.rope_tables[self.config.windows[node.layer] > 0],
             **self.heads(node.layer),
         )
 
     def attention(self, node: Node) -> None:
+        cap = self.config.attn_softcap
         self.emit(
-            "attention",
+            "attention:softcap" if cap else "attention",
             Attention,
             node,
             node.reads,
@@ -329,6 +370,7 @@ class _Lowering:
             q=self.buffers.floats("q"),
             out=self.buffers.floats(node.writes[0]),
             scale=float(self.config.attn_scale),
+            softcap=float(cap),
             window=self.config.windows[node.layer],
             **self.buffers.scratch(),
             **self.heads(node.layer),
@@ -340,15 +382,16 @@ def lower(
     tensors: Tensors,
     config: ModelConfig,
     cache: KVCache,
-    rope_table: int,
+    rope_tables: tuple[int, int],
     n_threads: int,
     sizes: dict[str, int],
     progress: jit.Progress | None = None,
 ) -> tuple[Tape, int]:
     """The tape of a graph and the walker's address.
 
-    rope_table: address of a RopeTable's array. sizes: the most "tokens" and "outputs" of one step.
+    rope_tables: addresses of the arrays of two RopeTables, for layers without and with a window. sizes: the most
+    "tokens" and "outputs" of one step.
     UnsupportedError names a tensor whose type no kernel computes.
     """
-    lowering = _Lowering(graph, tensors, config, cache, rope_table, n_threads, sizes)
+    lowering = _Lowering(graph, tensors, config, cache, rope_tables, n_threads, sizes)
     return lowering.assembly.tape(lowering.activations, progress)

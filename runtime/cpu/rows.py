@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import Choice, Rows, Step
-from .loads import f64_at, i32_at, i64_at, prefetch, put_f32, store
+from .loads import f32_at, f64_at, i32_at, i64_at, prefetch, put_f32, store
 from .pack import neuron
 from .products import product
 from .simd import hsum
@@ -30,6 +30,7 @@ def build(family: str, variant: str) -> Any:
         w, out, k = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.k)
         row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
         listed, ahead = i64_at(args + args_of.list), i64_at(args + args_of.ahead)
+        bias = i64_at(args + args_of.bias)
         gates, threshold = i64_at(args + args_of.gates), f64_at(args + args_of.threshold)
         xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
         xn, xs, xf = i64_at(args + args_of.xn), i64_at(args + args_of.xs), i64_at(args + args_of.xf)
@@ -56,6 +57,8 @@ def build(family: str, variant: str) -> Any:
                         value = row_dot(w + r * row_bytes, xq + o, xd + o, xn + o, xs + o, k, later)
                     else:
                         value = row_dot(w + r * row_bytes, xf + 4 * o, 0, 0, 0, k, later)
+                    if bias != 0:
+                        value += f32_at(bias + r * 4)
                     put_f32(out + (t * stride + i) * 4, value)
             if activated:
                 for t in range(n_tok):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .simd import as_f32, fma, round_to_i32, shl, splat_f32, splat_i32, to_f32, vdiv, vmax, vmin
+from .simd import as_f32, fma, round_to_i32, shl, splat_f32, splat_i32, to_f32, vabs, vdiv, vmax, vmin, where_less
 from .weights import inline
 
-ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "drelu")
+ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "drelu")
 
 
 @inline
@@ -57,6 +57,29 @@ def gelu(x, n):
     return vdiv(x, splat_f32(1.0, n) + exp(splat_f32(0.0, n) - z2, n))
 
 
+@inline
+def tanh(x, n):
+    """Hyperbolic tangent, 1 - 2 / (e**2x + 1); absolute error below 3e-7."""
+    one, two = splat_f32(1.0, n), splat_f32(2.0, n)
+    return one - vdiv(two, exp(x + x, n) + one)
+
+
+@inline
+def gelu_erf(x, n):
+    """GELU as defined, x * Phi(x), with erf by Abramowitz and Stegun's 7.1.26: absolute error below 2e-7 |x|."""
+    zero, one = splat_f32(0.0, n), splat_f32(1.0, n)
+    z = vabs(x) * splat_f32(0.7071067811865476, n)
+    t = vdiv(one, fma(z, splat_f32(0.3275911, n), one))
+    p = splat_f32(1.061405429, n)
+    p = fma(p, t, splat_f32(-1.453152027, n))
+    p = fma(p, t, splat_f32(1.421413741, n))
+    p = fma(p, t, splat_f32(-0.284496736, n))
+    p = fma(p, t, splat_f32(0.254829592, n))
+    tail = p * t * exp(zero - z * z, n) * splat_f32(0.5, n)  # 1 - Phi(|x|)
+    return x * where_less(x, zero, tail, one - tail)
+
+
 def gate(name):
     """(x, n) -> act(x) of an activation; drelu rectifies gate and up alike."""
-    return {"silu": silu, "gelu": gelu, "relu": relu, "relu2": relu2, "drelu": relu}[name]
+    found = {"silu": silu, "gelu": gelu, "gelu_erf": gelu_erf, "relu": relu, "relu2": relu2, "drelu": relu}
+    return found[name]

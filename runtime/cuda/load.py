@@ -37,7 +37,8 @@ def load(
     """The executor of the GPU's segments. GPUError if there is no usable GPU, or the budget does not hold."""
     device = open_device()
     try:
-        cpu.rope.upto(n_ctx)
+        for rope in cpu.ropes:
+            rope.upto(n_ctx)
         host = {name: cpu.tape.buffers[name].view(np.float32) for name in ("x", "logits")}
         gpu = GPUExecutor(
             segments,
@@ -47,7 +48,7 @@ def load(
             device,
             host,
             cpu.tokens,
-            cpu.rope.table,
+            cpu.ropes[0].table,
             placement.hot,
             n_blocks,
             n_ctx,

@@ -117,7 +117,7 @@ class Lowering:
         kernel, stream, count = jit.load("norm"), self.stream, self._count(node)
         rows = self.buffers.out_rows if node.rows == "outputs" else self.buffers.all_rows
         x, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
-        weight, eps = self._vector(node.weight), np.float32(self.config.norm_eps)
+        weight, eps = self._vector(node.weight), np.float32(node.eps)
 
         def run(n_tok: int, n_out: int) -> None:
             if n := count(n_tok, n_out):
