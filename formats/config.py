@@ -199,13 +199,15 @@ class _Reader:
     def experts(self, block: Group) -> tuple[int, int, int]:
         """How many experts there are, how many a token uses, and the neurons of one (0, 0 and all without experts)."""
         n_expert = self.integer("expert_count", 0, 0)
+        key, there = f"{self.row.name}.expert_count", "ffn_gate_exps.weight" in block
+        if there and not n_expert:
+            raise self.error(key, 0, "the number of the experts whose tensors there are")
         if not n_expert:
             return 0, 0, self.integer("feed_forward_length", 1)
         n_used = self.integer("expert_used_count", 1)
         if n_used > n_expert:
             raise self.error(f"{self.row.name}.expert_used_count", n_used, f"at most expert_count = {n_expert}")
-        if "ffn_gate_exps.weight" not in block:
-            key = f"{self.row.name}.expert_count"
+        if not there:
             raise self.error(key, n_expert, "0, as there are no tensors of experts (or each has a tensor of its own)")
         gating = self.integer("expert_gating_func", 0, _SOFTMAX)
         scale = self.number("expert_weights_scale", 1.0, 0.0, 1e6)

@@ -36,6 +36,11 @@ def add_tensor(file: GGUFFile, name: str, *shape: int) -> None:
     file.tensors[name] = TensorInfo(name, shape, GGMLType.F32, 0, 4 * math.prod(shape))
 
 
+LLAMA_TENSORS = {f"attn_{name}.weight" for name in ("norm", "q", "k", "v", "output")}
+LLAMA_TENSORS |= {f"ffn_{name}.weight" for name in ("norm", "gate", "up", "down")}
+LLAMA_TENSORS |= {"token_embd.weight", "output_norm.weight", "output.weight"}
+
+
 def test_llama(tiny_model: Any) -> None:
     config = config_of(tiny_model(name="Tiny", sliding_window=12))
     assert config == ModelConfig(
@@ -50,30 +55,29 @@ def test_llama(tiny_model: Any) -> None:
         head_dim_k=16,
         head_dim_v=16,
         n_ff=96,
+        norm="rms",
         norm_eps=float(np.float32(1e-5)),
         rope_dim=16,
         rope_base=10000.0,
         rope_style="norm",
         rope_scaling=RopeScaling("none", 1.0, 256),
-        sliding_window=12,
+        windows=(12, 12),
         attn_scale=0.25,
         activation="silu",
-        qkv_bias=False,
-        output_bias=False,
-        tied_output=False,
-        sampling={},
+        tensors=frozenset(LLAMA_TENSORS),
     )
+    assert config.has("ffn_gate.weight") and not config.has("attn_q.bias") and not config.tied_output
 
 
 def test_qwen2(tiny_model: Any) -> None:
     config = config_of(tiny_model(arch="qwen2", tied=True, rope_base=1e6))
-    assert (config.arch, config.rope_style, config.qkv_bias, config.tied_output) == (
+    assert (config.arch, config.rope_style, config.has("attn_q.bias"), config.tied_output) == (
         "qwen2",
         "neox",
         True,
         True,
     )
-    assert config.rope_base == 1e6 and config.sliding_window == 0
+    assert config.rope_base == 1e6 and config.windows == (0, 0)
 
 
 def test_head_size_of_its_own(tiny_model: Any) -> None:
@@ -155,18 +159,18 @@ def test_one_value_for_each_layer(file: GGUFFile) -> None:
 
 
 def test_optional_biases(tiny_model: Any) -> None:
-    assert config_of(tiny_model(biases=True)).qkv_bias
+    assert config_of(tiny_model(biases=True)).has("attn_q.bias")
     with GGUFFile(tiny_model(biases=True)) as file:
         for layer in range(2):
             add_tensor(file, f"blk.{layer}.attn_output.bias", 64)
-        assert ModelConfig.from_gguf(file).output_bias
+        assert ModelConfig.from_gguf(file).has("attn_output.bias")
         del file.tensors["blk.1.attn_output.bias"]
         with pytest.raises(FormatError, match="'blk.1.attn_output.bias': got no such tensor"):
             ModelConfig.from_gguf(file)
         for layer in range(2):
             file.tensors.pop(f"blk.{layer}.attn_output.bias", None)
             del file.tensors[f"blk.{layer}.attn_k.bias"]
-        with pytest.raises(UnsupportedError, match="biases on only some"):
+        with pytest.raises(UnsupportedError, match="'attn_q.bias' without 'attn_k.bias' is not supported"):
             ModelConfig.from_gguf(file)
 
 
@@ -238,13 +242,14 @@ def test_bad_metadata(file: GGUFFile, key: str, value: Any, message: str) -> Non
 
 
 UNSUPPORTED: list[tuple[str, Any, str]] = [
-    ("general.architecture", "gpt2", "architecture 'gpt2' is not supported; supported: bamboo, llama, qwen2"),
+    ("general.architecture", "mamba", "architecture 'mamba' is not supported"),
     ("general.architecture", "\x1b[2J" * 99, "is not supported; supported"),
     ("general.type", "mmproj", "a file of type 'mmproj' is not a model"),
     ("split.count", 3, "one of 3 parts of a split model"),
-    ("llama.expert_count", 8, "mixture-of-experts"),
+    ("llama.attention.max_alibi_bias", 8.0, "llama.attention.max_alibi_bias is not supported"),
+    ("llama.attention.clamp_kqv", 8.0, "llama.attention.clamp_kqv is not supported"),
     (A + "causal", False, "non-causal"),
-    ("llama.rope.scaling.type", "longrope", "'longrope' is not supported; supported: none, linear, yarn"),
+    ("llama.rope.scaling.type", "ntk", "'ntk' is not supported; supported: none, linear, yarn, longrope"),
 ]
 
 
@@ -257,10 +262,7 @@ def test_unsupported_metadata(file: GGUFFile, key: str, value: Any, message: str
 
 
 def test_unsupported_combinations(file: GGUFFile) -> None:
-    file.metadata |= {A + "sliding_window": 8, A + "sliding_window_pattern": 2}
-    with pytest.raises(UnsupportedError, match="sliding windows in only some layers"):
-        ModelConfig.from_gguf(file)
-    file.metadata |= {A + "sliding_window": 0, "llama.rope.scaling.type": "yarn"}
+    file.metadata |= {"llama.rope.scaling.type": "yarn"}
     file.metadata["llama.rope.scaling.yarn_log_multiplier"] = 0.1
     with pytest.raises(UnsupportedError, match="yarn_log_multiplier"):
         ModelConfig.from_gguf(file)
@@ -294,11 +296,60 @@ def test_rope_freqs_are_checked_and_unknown_tensors_refused(file: GGUFFile) -> N
         ModelConfig.from_gguf(file)
 
 
+def test_windows_of_only_some_layers(file: GGUFFile) -> None:
+    key = A + "sliding_window_pattern"
+    file.metadata[A + "sliding_window"] = 8
+    for said, windows in ((2, (8, 0)), (1, (0, 0)), (0, (8, 8)), (np.array([False, True]), (0, 8))):
+        file.metadata[key] = said
+        assert ModelConfig.from_gguf(file).windows == windows, said
+    file.metadata[key] = np.array([True])
+    with pytest.raises(FormatError, match="got 1 values, wanted one for each of 2 layers"):
+        ModelConfig.from_gguf(file)
+
+
+EXPERT_KEYS = {"llama.expert_count": 4, "llama.expert_used_count": 2}
+BAD_EXPERTS: list[tuple[dict[str, Any], str]] = [
+    ({}, "ok"),
+    ({"llama.expert_used_count": 5}, "got 5, wanted at most expert_count = 4"),
+    ({"llama.expert_used_count": 0}, "got 0, wanted an integer from 1"),
+    ({"llama.expert_count": 3}, "got shape (64, 4), wanted shape (64, 3)"),
+    ({"llama.expert_count": 0}, "got 0, wanted the number of the experts whose tensors there are"),
+    ({"llama.expert_count": 2**31 - 1}, "got 24, wanted at most 1"),
+    ({"llama.expert_gating_func": 2}, "not weighted by a plain softmax"),
+    ({"llama.expert_weights_scale": 2.5}, "not weighted by a plain softmax"),
+]
+
+
+@pytest.mark.parametrize(("keys", "message"), BAD_EXPERTS)
+def test_experts(file: GGUFFile, keys: dict[str, Any], message: str) -> None:
+    for layer in range(2):
+        for name in ("gate", "up", "down"):
+            del file.tensors[f"blk.{layer}.ffn_{name}.weight"]
+            add_tensor(file, f"blk.{layer}.ffn_{name}_exps.weight", *((24, 64) if name == "down" else (64, 24)), 4)
+        add_tensor(file, f"blk.{layer}.ffn_gate_inp.weight", 64, 4)
+    file.metadata |= {"llama.feed_forward_length": 24, **EXPERT_KEYS, **keys}
+    if message == "ok":
+        config = ModelConfig.from_gguf(file)
+        assert (config.n_expert, config.n_expert_used, config.n_ff, config.expert_neurons) == (4, 2, 96, 24)
+        return
+    with pytest.raises((FormatError, UnsupportedError)) as caught:
+        ModelConfig.from_gguf(file)
+    assert message in str(caught.value)
+
+
+def test_experts_without_their_tensors(file: GGUFFile) -> None:
+    file.metadata |= EXPERT_KEYS
+    with pytest.raises(FormatError, match="expert_count': got 4, wanted 0, as there are no tensors of experts"):
+        ModelConfig.from_gguf(file)
+
+
 def test_architectures() -> None:
-    assert set(ARCHITECTURES) == {"llama", "bamboo", "qwen2"}
     for name, row in ARCHITECTURES.items():
         assert lookup(name) is row and row.name == name
-        assert not set(row.block_required) & set(row.block_optional)
+        seen: set[str] = set(row.required)
+        for group in (*row.optional, row.ffn[0]):
+            assert group and not seen & set(group), name
+            seen |= set(group)
 
 
 @pytest.mark.parametrize(
