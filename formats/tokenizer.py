@@ -9,9 +9,20 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from .errors import ParameterError, UnsupportedError
-from .vocabulary import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Metadata, Vocabulary
+from .vocabulary import (
+    CONTROL,
+    OWN_STRIP_LEFT,
+    OWN_STRIP_RIGHT,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Metadata,
+    Vocabulary,
+)
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space
+_SPACES_AFTER, _SPACES_BEFORE = re.compile(f"[{_SPACES}]*"), re.compile(f"[{_SPACES}]*\\Z")
 
 
 class Codec(Protocol):
@@ -19,9 +30,10 @@ class Codec(Protocol):
 
     add_bos: bool  # used when the file does not say
     space_prefix: bool  # a space is put before each piece of text, to be taken off again when decoding
+    marks_spaces: bool  # a space is U+2581, and the other way round
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        """Ids of a text without special tokens; first: nothing comes before it."""
 
     def token_bytes(self, token: str, kind: int) -> bytes:
         """Bytes that a token (not control, unknown or user-defined) stands for."""
@@ -38,8 +50,11 @@ class Tokenizer:
         self.add_bos = metadata.flag("add_bos_token", codec.add_bos) and self.bos_id is not None
         self.add_eos = metadata.flag("add_eos_token", False) and self.eos_id is not None
         self.stop_ids = vocabulary.stop_ids()
-        self._user_defined = _Splitter(vocabulary.special(USER_DEFINED))
-        self._special = _Splitter(vocabulary.special(USER_DEFINED, CONTROL, UNKNOWN))
+        strips = (metadata.ids(OWN_STRIP_LEFT, self.n_vocab), metadata.ids(OWN_STRIP_RIGHT, self.n_vocab))
+        self._user_defined = _Splitter(vocabulary.special(USER_DEFINED), *strips)
+        self._special = _Splitter(vocabulary.special(USER_DEFINED, CONTROL, UNKNOWN), *strips)
+        marked = any("\u2581" in token for token in vocabulary.special(USER_DEFINED, CONTROL, UNKNOWN))
+        self._unmark = codec.marks_spaces and not marked
         self._bytes: list[bytes | None] = [None] * self.n_vocab
 
     @property
@@ -57,12 +72,14 @@ class Tokenizer:
             raise ParameterError(f"text: got a {type(text).__name__}, wanted a string")
         if not text.isascii():
             text = _SURROGATE.sub("\ufffd", text)
+            if self._unmark:  # or runs of spaces that are tokens would be missed
+                text = text.replace("\u2581", " ")
         ids: list[int] = []
         for part in (self._special if special else self._user_defined).split(text):
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids.extend(self._codec.encode(part))
+                ids.extend(self._codec.encode(part, not ids))
         if self.bos_id is not None:
             if add_bos or (add_bos is None and self.add_bos and ids[:1] != [self.bos_id]):
                 ids.insert(0, self.bos_id)
@@ -105,9 +122,13 @@ class Tokenizer:
 
 
 class _Splitter:
-    """Cuts a text at special tokens: leftmost first, the longest at one place."""
+    """Cuts a text at special tokens: leftmost first, the longest at one place.
 
-    def __init__(self, ids: dict[str, int]) -> None:
+    strip_left, strip_right: ids of tokens that swallow the spaces before or after them.
+    """
+
+    def __init__(self, ids: dict[str, int], strip_left: frozenset[int], strip_right: frozenset[int]) -> None:
+        self._strip_left, self._strip_right = strip_left, strip_right
         lengths: dict[str, set[int]] = {}
         for token in ids:
             lengths.setdefault(token[0], set()).add(len(token))
@@ -123,10 +144,15 @@ class _Splitter:
             for length in self._lengths[text[at]]:
                 id = self._ids.get(text[at : at + length])
                 if id is not None:
-                    if done < at:
-                        yield text[done:at]
+                    piece = text[done:at]
+                    if id in self._strip_left:
+                        piece = _SPACES_BEFORE.sub("", piece, count=1)
+                    if piece:
+                        yield piece
                     yield id
                     done = at = at + length
+                    if id in self._strip_right and (spaces := _SPACES_AFTER.match(text, at)):
+                        done = at = spaces.end()
                     break
             else:
                 at += 1

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from .vocabulary import BYTE, CONTROL, NORMAL, UNDEFINED, UNKNOWN, USER_DEFINED, Vocabulary
+from .vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    OWN_SPACE_PREFIX,
+    SPACE_PREFIXES,
+    UNDEFINED,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+)
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
@@ -16,6 +26,7 @@ class SentencePiece:
     """A `Codec` for tokenizer.ggml.model "llama"."""
 
     add_bos = True
+    marks_spaces = True
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         import sentencepiece
@@ -31,11 +42,14 @@ class SentencePiece:
             raise metadata.error("scores", "a score that is infinite or no number", "finite scores")
         types = _piece_types(vocabulary)
         self.space_prefix = metadata.flag("add_space_prefix", True)
+        self._prefix = metadata.text(OWN_SPACE_PREFIX, "each") if self.space_prefix else "each"
+        if self._prefix not in SPACE_PREFIXES:
+            raise metadata.error(OWN_SPACE_PREFIX, self._prefix, " or ".join(SPACE_PREFIXES))
         proto: Any = vars(schema)["ModelProto"]()  # protobuf makes its classes when imported
         proto.trainer_spec.model_type = proto.trainer_spec.BPE
         proto.trainer_spec.byte_fallback = BYTE in types
         proto.normalizer_spec.name = "identity"
-        proto.normalizer_spec.add_dummy_prefix = self.space_prefix
+        proto.normalizer_spec.add_dummy_prefix = self.space_prefix and self._prefix == "each"
         proto.normalizer_spec.remove_extra_whitespaces = False
         try:
             for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types, strict=True):
@@ -44,8 +58,10 @@ class SentencePiece:
         except (RuntimeError, ValueError) as error:
             raise metadata.error("tokens", error, "pieces of a SentencePiece model") from None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of a text without special tokens."""
+        if self._prefix != "each" and text[:1] not in (" ", "\u2581") and (first or self._prefix.startswith("each")):
+            text = " " + text
         return self._processor.encode(text)
 
     def token_bytes(self, token: str, kind: int) -> bytes:

@@ -18,6 +18,11 @@ STOP_TEXTS = (
     "<|return|>", "<|call|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>",
     "<end_of_turn>", "<end_of_utterance>", "</s>", "<EOT>", "<eos>",
 )  # fmt: skip
+# Keys of our own, for what the common ones cannot say; other readers ignore them.
+OWN_NFC, OWN_IGNORE_MERGES = "hotcold.tokenizer.nfc", "hotcold.tokenizer.ignore_merges"
+# where add_space_prefix puts its space: before "each" piece of text (the default), or else "... unless there" is one
+OWN_SPACE_PREFIX, SPACE_PREFIXES = "hotcold.tokenizer.space_prefix", ("each", "each unless there", "first unless there")
+OWN_STRIP_LEFT, OWN_STRIP_RIGHT = "hotcold.tokenizer.strip_left_ids", "hotcold.tokenizer.strip_right_ids"
 _NO_TOKEN = (-1, 2**32 - 1)  # how files say "this model has none"
 
 
@@ -35,10 +40,10 @@ class Metadata:
         """A FormatError about a tokenizer key; what the file said is cut to a line."""
         text = " ".join(str(got).split())
         shown = text if len(text) < 120 else text[:119] + "…"
-        return FormatError(self.path, f"tokenizer.ggml.{key}", shown, wanted)
+        return FormatError(self.path, _full(key), shown, wanted)
 
     def _get(self, key: str) -> Any:
-        return self._values.get(f"tokenizer.ggml.{key}")
+        return self._values.get(_full(key))
 
     def text(self, key: str, default: str | None = None) -> str:
         """A string value, or `default`; FormatError where there is neither."""
@@ -78,6 +83,16 @@ class Metadata:
         if array.dtype.kind not in kinds:
             raise self.error(key, f"an array of {array.dtype}", "an array of numbers")
         return array
+
+    def ids(self, key: str, n_vocab: int) -> frozenset[int]:
+        """An array of token ids as a set; empty where the key is missing."""
+        value = self._get(key)
+        array = np.asarray([] if value is None else value)
+        if array.size == 0:
+            return frozenset()
+        if array.ndim != 1 or array.dtype.kind not in "iu" or not (0 <= array.min() and array.max() < n_vocab):
+            raise self.error(key, value, f"token ids below {n_vocab}")
+        return frozenset(array.tolist())
 
     def token_id(self, name: str, n_vocab: int) -> int | None:
         """The id under `{name}_token_id`, within the vocabulary; None where the file names none."""
@@ -145,3 +160,7 @@ class Vocabulary:
 
 def _kind(value: object) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _full(key: str) -> str:
+    return key if "." in key else f"tokenizer.ggml.{key}"
