@@ -66,6 +66,15 @@ class GGUFFile:
         mapped, info = self._mapped(), self.info(name)
         return int(mapped.__array_interface__["data"][0]) + info.offset
 
+    def release(self, name: str) -> None:
+        """Let the memory go that holds the tensor's bytes; they are read from the file again when wanted."""
+        info, mapping = self._info(name), self._map
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of its own
+            length = (info.offset + info.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            if length > 0:
+                mapping.madvise(mmap.MADV_DONTNEED, start, length)
+
     def dequantized(self, name: str) -> NDArray[np.float32]:
         """A float32 copy in NumPy order (shape reversed), through gguf.quants: slow, for small tensors."""
         raw, info = self.data(name), self.info(name)

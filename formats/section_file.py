@@ -173,7 +173,7 @@ def _store(
     own["hotcold.base.tensor_hash"] = tensor_hash(model)
     contents = replace(contents, metadata=own | dict(contents.metadata))
     offset = 0 if sidecar else start_after(base)
-    with _replacing(side, "nothing was changed") as part:
+    with replacing(side, "nothing was changed") as part:
         footer = write_image(part, config.arch, contents, base, offset, progress)
         if source is not None:
             source.close()  # Windows replaces no mapped file
@@ -270,7 +270,7 @@ def _copy_out(model: GGUFFile, target: Path, progress: Progress) -> None:
     section = stored_section(model)
     if section is None:
         raise SectionError(f"{model.path}: its section is damaged, so there is nothing to keep; detach it without that")
-    with section, _replacing(target, "name a file that can be written there") as part:
+    with section, replacing(target, "name a file that can be written there") as part:
         arch = section.image.get("general.architecture", "", str)
         every = {key: value for key, value in section.image.metadata.items() if key not in _WRITERS_OWN}
         write_image(part, arch, replace(_contents(section), metadata=every), 0, 0, progress)
@@ -283,7 +283,7 @@ def _check_writable(path: Path, advice: str) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, advice: str) -> Iterator[Path]:
+def replacing(path: Path, advice: str) -> Iterator[Path]:
     """A name to write to, which then becomes `path`; StorageError, and nothing left, where the disk refuses."""
     part = path.with_name(f".{path.name}.part")
     try:

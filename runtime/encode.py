@@ -76,24 +76,44 @@ class Encoder:
         rows: int,
         k: int,
         importance: NDArray[np.float32] | None = None,
-        advance: Callable[[int], None] | None = None,
     ) -> None:
-        """Turn rows of type `source` at an address into rows of type `kind` at another; advance gets rows done.
-
-        importance: float32 [k], none negative: what the error of a column counts. NotFiniteError: see there.
-        """
-        names = [f"decode:{source}"] + ([] if kind == "F32" else [f"encode:{kind}"])
-        kernels = jit.load(names, progress=self._progress)
+        """Turn `rows` rows of k weights, of type `source` at an address, into type `kind` at another; see `encode`."""
         if importance is not None:
             importance = np.ascontiguousarray(importance, np.float32)
             if importance.shape != (k,) or not np.isfinite(importance).all() or (importance < 0).any():
                 raise ParameterError(f"importance: got {importance.shape}, wanted {k} numbers, none below 0")
+        names = [f"decode:{source}"] + ([] if kind == "F32" else [f"encode:{kind}"])
+        self._run(names, source, address, rows, k, out, row_bytes(kind, k), importance)
+        top = self._top()
+        if top >= _LARGEST.get(kind, np.inf):
+            raise NotFiniteError(f"weights of up to {top:.4g}, beyond the range of {kind}")
+
+    def check(self, source: str, address: int, rows: int, k: int) -> None:
+        """NotFiniteError if there is NaN or infinity among rows of k weights."""
+        self._run([f"decode:{source}"], source, address, rows, k, None, 0, None)
+        self._top()
+
+    def _run(
+        self,
+        names: list[str],
+        source: str,
+        address: int,
+        rows: int,
+        k: int,
+        out: int | None,
+        out_bytes: int,
+        importance: NDArray[np.float32] | None,
+    ) -> None:
+        """Decode, then encode, a few rows at a time; names: of the kernels. out None: decode into scratch alone."""
+        kernels = jit.load(names, progress=self._progress)
         step = min(rows, max(1, _CHUNK // max(k, 1)))
-        source_bytes, out_bytes = row_bytes(source, k), row_bytes(kind, k)
-        if kind != "F32" and self._floats.nbytes < step * k * 4:
+        source_bytes = row_bytes(source, k)
+        scratch = out is None or len(names) == 2
+        if scratch and self._floats.nbytes < step * k * 4:
             self._floats = aligned(step * k * 4)
         self._worst[:] = 0
         for first in range(0, rows, max(step, 1)):
+            to = 0 if out is None else out + first * out_bytes
             fields = {
                 "k": k,
                 "rows": min(step, rows - first),
@@ -101,20 +121,14 @@ class Encoder:
                 "row_bytes": source_bytes,
                 "worst": self._worst.ctypes.data,
                 "x": self._floats.ctypes.data,
-                "out": out + first * out_bytes,
                 "importance": 0 if importance is None else importance.ctypes.data,
                 "scratch": self._scratch.ctypes.data,
                 "scratch_bytes": ENCODE_SCRATCH,
             }
-            if kind == "F32":
-                self._set(0, Decode, kernels[names[0]], fields)
-            else:
-                self._set(0, Decode, kernels[names[0]], {**fields, "out": fields["x"]})
-                self._set(1, Encode, kernels[names[1]], fields)
+            self._set(0, Decode, kernels[names[0]], {**fields, "out": fields["x"] if scratch else to})
+            if len(names) == 2:
+                self._set(1, Encode, kernels[names[1]], {**fields, "out": to})
             self._pool.run(self._rows.ctypes.data, len(names), 0)
-            self._check(kind)
-            if advance:
-                advance(first + fields["rows"])
 
     def _set(self, i: int, layout: Any, kernel: int, fields: dict[str, int]) -> None:
         record = self._records[i]
@@ -124,12 +138,13 @@ class Encoder:
         record[layout.done // 8] = self._done.ctypes.data + 64 * i
         self._rows[i, :3] = kernel, record.ctypes.data, 1
 
-    def _check(self, kind: str) -> None:
-        top = self._worst.view(np.int32).reshape(self.n_threads, -1)[:, :1].copy().view(np.float32)
-        if not np.isfinite(top).all():
+    def _top(self) -> float:
+        """The largest |weight| of the last run; NotFiniteError where that is no number."""
+        bits = self._worst.view(np.int32).reshape(self.n_threads, -1)[:, 0]
+        top = float(bits.max(keepdims=True).view(np.float32)[0])
+        if not np.isfinite(top):
             raise NotFiniteError("weights that are NaN or infinite")
-        if top.max() >= _LARGEST.get(kind, np.inf):
-            raise NotFiniteError(f"weights of up to {top.max():.4g}, beyond the range of {kind}")
+        return top
 
 
 def row_bytes(kind: str, k: int) -> int:

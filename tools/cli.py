@@ -22,6 +22,7 @@ from . import (
     place,
     profile,
     pull,
+    quantize,
     relufy,
     run,
     section,
@@ -97,6 +98,7 @@ app.command("section")(section.section)
 app.command("attach")(section.attach)
 app.command("detach")(section.detach)
 app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
 app.command("bench")(bench.bench)
 app.command("perplexity")(perplexity.perplexity)
 app.command("profile")(profile.profile)
