@@ -122,7 +122,7 @@ def replaced(path: Path, target: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("llama", "gpt17", ["'gpt17'", "bamboo, llama, qwen2"]),
+        ("llama", "gpt17", ["'gpt17'", "gptneox, granite, llama", "qwen2, qwen3"]),
         ("gpt2", "bert", ["tokenizer.ggml.model", "'bert'", "gpt2", "llama"]),
         ("gpt-2", "martian", ["tokenizer.ggml.pre", "'martian'", "llama-bpe"]),
     ],
