@@ -113,7 +113,7 @@ def _mix(
     falcon: Mapping[str, Rules] | None = None,
     eight_experts: GGMLType | None = None,
 ) -> Mix:
-    return Mix(name, GGMLType[base], file_type, rules or {}, (rules or {}) | (falcon or {}), eight_experts)
+    return Mix(name, GGMLType[base], file_type, rules or {}, {**(rules or {}), **(falcon or {})}, eight_experts)
 
 
 _Q3, _Q4, _Q5, _Q6 = GGMLType.Q3_K, GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K
