@@ -68,7 +68,7 @@ class GGUFFile:
 
     def release(self, name: str) -> None:
         """Let the memory go that holds the tensor's bytes; they are read from the file again when wanted."""
-        info, mapping = self._info(name), self._map
+        info, mapping = self.info(name), self._map
         if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages of its own
             length = (info.offset + info.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
