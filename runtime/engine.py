@@ -74,7 +74,7 @@ class Engine:
         self.closed = False
         try:
             self.config = ModelConfig.from_gguf(self.file)
-            self.n_ctx = n_ctx or _default_context(self.config)
+            self.n_ctx = n_ctx or default_context(self.config)
             _check_context(self.config, self.n_ctx)
             self.n_threads = n_threads or default_threads()
             self.n_vocab = self.config.n_vocab
@@ -240,18 +240,18 @@ class Engine:
         self.close()
 
 
-def _token_bytes(config: ModelConfig) -> int:
+def token_bytes(config: ModelConfig) -> int:
     """Bytes of one token in the KV cache and the table of rotations."""
     kv = config.n_layer * config.n_head_kv * (config.head_dim_k + config.head_dim_v) * 2
     return kv + config.rope_dim * 4
 
 
-def _default_context(config: ModelConfig) -> int:
+def default_context(config: ModelConfig) -> int:
     """The model's context, or what fits into a share of the free memory, but never nothing."""
     free = available_bytes()
     if free is None:
         return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT)
-    fits = int(free * _KV_SHARE) // _token_bytes(config) // KV_BLOCK * KV_BLOCK
+    fits = int(free * _KV_SHARE) // token_bytes(config) // KV_BLOCK * KV_BLOCK
     return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT, max(KV_BLOCK, fits))
 
 
@@ -261,7 +261,7 @@ def _check_context(config: ModelConfig, n_ctx: int) -> None:
         raise ParameterError(
             f"n_ctx: got {n_ctx}, wanted at most {config.n_positions}: {config.name!r:.60} has no positions beyond"
         )
-    total, each = total_bytes(), _token_bytes(config)
+    total, each = total_bytes(), token_bytes(config)
     if total is not None and n_ctx > total // each:
         raise ParameterError(
             f"n_ctx: got {n_ctx}, wanted at most {total // each}: each token takes {each} bytes, "

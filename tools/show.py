@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 
-from . import console, options, section
+from . import console, family, options, section
 from .console import human_bytes, printable
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ File = Annotated[str, typer.Argument(metavar="FILE", help="A GGUF file, or a mod
 
 
 def inspect(file: File, as_json: options.AsJson = False) -> None:
-    """Show a file's metadata, tensors and sizes."""
+    """Show a file's family, features, memory needs, metadata, tensors and sizes."""
     from ..formats.gguf import GGUFFile
 
     with GGUFFile(console.find_model(file)) as gguf:
@@ -62,6 +62,7 @@ def describe_file(gguf: GGUFFile) -> dict[str, Any]:
         "parameters": parameter_count(gguf),
         "bits_per_weight": round(bits_per_weight(gguf), 3),
         "section": section.brief(gguf),
+        "model": family.describe(gguf),
         "types": {name: {"tensors": count, "bytes": size} for name, (count, size) in type_totals(gguf).items()},
         "metadata": {key: _plain(value) for key, value in gguf.metadata.items()},
         "tensors": [
@@ -98,6 +99,9 @@ def _print(report: dict[str, Any]) -> None:
     )
     if report["section"]:
         print(f"Section: {printable(report['section'])}; `hotcold section` shows it")
+    print("\nModel")
+    for line in family.lines(report["model"]):
+        print(printable(line))
     print("\nMetadata")
     width = max((len(key) for key in report["metadata"]), default=0)
     for key, value in report["metadata"].items():
