@@ -8,7 +8,9 @@ rope_dim / 2, n_gate_up = 2 n_ff, n_one = the neurons of one expert.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .checkpoint_terms import Checkpoint
 
 Shape = tuple[str, ...]
 Group = Mapping[str, Shape]  # tensors that a file has all or none of; those of a block without their `blk.N.`
@@ -88,7 +90,7 @@ class Architecture:
     with a window, which have no scaling either; 0: as all. embd_scale: "" or "sqrt" (of n_embd). wide_heads: block
     counts of the sizes whose attention is scaled by n_embd / n_head instead of the head size. weights_norm: the chosen
     experts' weights are made to sum to 1. softcaps: of attention scores and logits, where the file does not say; 0:
-    none. divides_logits: by logit_scale, instead of multiplying them.
+    none. divides_logits: by logit_scale, instead of multiplying them. hf: Hugging Face's side.
     """
 
     name: str
@@ -107,3 +109,4 @@ class Architecture:
     weights_norm: bool = True
     softcaps: tuple[float, float] = (0.0, 0.0)
     divides_logits: bool = False
+    hf: Checkpoint = field(kw_only=True)

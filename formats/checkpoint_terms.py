@@ -1,0 +1,126 @@
+"""How a row of the table of architectures speaks of Hugging Face checkpoints: names of tensors and of settings.
+
+Tensors are mapped by stem: `attn_q` stands for `blk.N.attn_q.weight` and `.bias`. In a Hugging Face name {i} is the
+block, and {n} counts what is stacked into one tensor: experts, or heads that have norms of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Names = Mapping[str, tuple[str, ...]]  # GGUF's stem -> Hugging Face's, of which a checkpoint has one
+
+
+def names(prefix: str, block: str, **stems: str) -> Names:
+    """Stems by GGUF's names: `.x` is one of the block, `x` of the model's body, `/x` of neither; `a|b`: either."""
+
+    def full(stem: str) -> str:
+        if stem.startswith("/"):
+            return stem[1:]
+        return prefix + block + stem if stem.startswith(".") else prefix + stem
+
+    return {name: tuple(full(stem) for stem in text.split("|")) for name, text in stems.items()}
+
+
+_LLAMA = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "output": "/lm_head",
+    "attn_norm": ".input_layernorm",
+    "attn_q": ".self_attn.q_proj",
+    "attn_k": ".self_attn.k_proj",
+    "attn_v": ".self_attn.v_proj",
+    "attn_output": ".self_attn.o_proj",
+    "attn_q_norm": ".self_attn.q_norm",
+    "attn_k_norm": ".self_attn.k_norm",
+    "ffn_norm": ".post_attention_layernorm",
+    "ffn_gate": ".mlp.gate_proj",
+    "ffn_up": ".mlp.up_proj",
+    "ffn_down": ".mlp.down_proj",
+    "ffn_gate_inp": ".mlp.gate|.block_sparse_moe.gate",
+    "ffn_gate_exps": ".mlp.experts.{n}.gate_proj|.block_sparse_moe.experts.{n}.w1",
+    "ffn_up_exps": ".mlp.experts.{n}.up_proj|.block_sparse_moe.experts.{n}.w3",
+    "ffn_down_exps": ".mlp.experts.{n}.down_proj|.block_sparse_moe.experts.{n}.w2",
+}
+
+
+def llama_names(**others: str) -> Names:
+    """The names that most families share, and what differs from them."""
+    return names("model.", "layers.{i}", **{**_LLAMA, **others})
+
+
+# {arch}.KEY -> names of the setting in config.json; every family has those that it needs
+INTEGERS: Names = {
+    "context_length": ("max_position_embeddings", "n_positions"),
+    "embedding_length": ("hidden_size", "n_embd"),
+    "block_count": ("num_hidden_layers", "n_layer"),
+    "attention.head_count": ("num_attention_heads", "n_head"),
+    "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads"),
+    "feed_forward_length": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "expert_count": ("num_local_experts", "num_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+}
+NUMBERS: Names = {
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "embedding_scale": ("embedding_multiplier",),
+    "residual_scale": ("residual_multiplier",),
+    "logit_scale": ("logits_scaling",),
+}
+EPSILON = {"rms": ("rms_norm_eps",), "layer": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")}
+ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")
+ROTATED_PART = ("partial_rotary_factor", "rotary_pct", "rope_pct")
+ROPE_BASE = ("rope_theta", "rotary_emb_base")
+
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_python_tanh": "gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+    "relu_squared": "relu2",
+}
+"""A setting's word -> ours (`gelu` is the tanh form)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The Hugging Face side of an architecture.
+
+    classes: what config.json calls it (`architectures`). names: tensors. prefix: of the model's body, which some
+    checkpoints leave out. tied: the embedding is the output too, unless config.json says otherwise. norm_offset: added
+    to the weights of norms. reordered: stem -> how its values lie: "transposed"; "grouped" (fused rows by K/V head: its
+    queries, key, value); "offset" (two rows before the first position). ignored: tensors that hold no weights.
+    windows: which layers have the window: "" none, "all", "pattern" (all but each n-th), "late" (from max_window_layers
+    on, if use_sliding_window). attn_scale: setting and power that scale attention's scores. one_kv_head: the setting
+    that means it, and another that overrules. defaults: settings of config.json where it has none; ff_multiple: FFN
+    width then, of n_embd. only: settings of which one value is supported. activated: whether config.json names the
+    FFN's activation. keys: further {arch}.* keys.
+    """
+
+    classes: tuple[str, ...]
+    names: Names = field(default_factory=llama_names)
+    prefix: str = "model."
+    tied: bool = False
+    norm_offset: float = 0.0
+    reordered: Mapping[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    windows: str = ""
+    attn_scale: tuple[str, float] = ("", 1.0)
+    one_kv_head: tuple[str, str] = ("", "")
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    ff_multiple: int = 0
+    only: Mapping[str, Any] = field(default_factory=dict)
+    activated: bool = True
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+IGNORED = (".rotary_emb.inv_freq",)  # ends of names, of any family: computed from the settings
