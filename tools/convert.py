@@ -1,4 +1,4 @@
-"""`hotcold convert`: PowerInfer's checkpoints to ordinary GGUF files."""
+"""`hotcold convert`: Hugging Face checkpoints, and PowerInfer's, to ordinary GGUF files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,45 @@ import typer
 from . import console
 from .console import download_bar, human_bytes, note
 
-Source = Annotated[str, typer.Argument(metavar="SRC.powerinfer.gguf", help="A checkpoint of PowerInfer's.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT.gguf", help="File to write; replaced if it is there.")]
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="A folder with a Hugging Face checkpoint, or a *.powerinfer.gguf file.")
+]
+Out = Annotated[
+    Path | None,
+    typer.Argument(metavar="[OUT.gguf]", help="File to write, replaced if it is there; or a folder for it.", show_default=False),
+]
+Kind = Annotated[
+    str | None,
+    typer.Option("--type", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_k_m ...; by default the checkpoint's own.", show_default=False),
+]
 
 
-def convert(source: Source, out: Out) -> None:
-    """Turn one of PowerInfer's checkpoints into a GGUF model with a section."""
+def convert(source: Source, out: Out = None, kind: Kind = None) -> None:
+    """Turn a Hugging Face checkpoint, or one of PowerInfer's files, into a GGUF model."""
+    if Path(source).is_dir():
+        _hugging_face(Path(source), out, kind)
+    else:
+        _powerinfer(source, out, kind)
+
+
+def _hugging_face(folder: Path, out: Path | None, kind: str | None) -> None:
+    from ..solver.convert import convert as convert_folder
+
+    with download_bar() as progress:
+        done = convert_folder(folder, out, kind, progress)
+    for text in done.notes:
+        note(text)
+    note(f"{done.config.arch}, {done.kind}, {human_bytes(done.path.stat().st_size)}")
+    print(done.path)
+
+
+def _powerinfer(source: str, out: Path | None, kind: str | None) -> None:
     from ..formats import powerinfer_convert
 
+    if kind is not None:
+        raise typer.BadParameter("is for Hugging Face checkpoints; a PowerInfer file keeps its types", param_hint="--type")
+    if out is None:
+        raise typer.BadParameter("is missing: the file to write", param_hint="OUT.gguf")
     path = console.find_model(source)
     with download_bar() as progress:
         config = powerinfer_convert.convert(path, out, progress)
