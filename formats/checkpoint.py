@@ -14,7 +14,9 @@ from .checkpoint_keys import Settings, architecture_keys
 from .checkpoint_tensors import Plan, Source, dimensions, own_type
 from .errors import FormatError, ModelNotFoundError, UnsupportedError
 from .gguf_header import show
-from .safetensors import Weights, read_json
+from .hf_tokenizer import tokenizer_fields
+from .hf_vocabulary import read_json
+from .safetensors import Weights
 
 
 class HFCheckpoint:
@@ -42,8 +44,6 @@ class HFCheckpoint:
             sizes = dimensions(own, n_vocab)
             n_layer, rope_dim = own["block_count"], own.get("rope.dimension_count", 0)
             self.sources = Plan(self.row, self.weights, sizes, n_layer, rope_dim, tied, made).sources
-            from .hf_tokenizer import tokenizer_fields
-
             self.keys: dict[str, Any] = general_keys(folder, count(self.sources))
             self.keys |= {f"{self.row.name}.{key}": value for key, value in own.items()}
             self.keys[f"{self.row.name}.vocab_size"] = n_vocab

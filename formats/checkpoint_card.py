@@ -1,6 +1,6 @@
 """What a checkpoint folder says about the model as such -> general.* keys, and the file's name by GGUF's convention.
 
-Sources: ggml/docs/gguf.md (keys, naming convention); the folder's name, README.md's front matter, generation_config.json.
+From the folder, README.md and generation_config.json. Source of keys and names: ggml/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from .checkpoint_keys import as_number
 from .errors import FormatError
 from .gguf_header import show
-from .safetensors import read_json
+from .hf_vocabulary import read_json
 
 # generation_config.json -> general.sampling.*
 _SAMPLING = {"temperature": "temp", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "penalty_repeat"}
@@ -22,7 +22,7 @@ _ITEM = re.compile(r"^\s*-\s+(\S.*)$")
 
 
 def model_id(folder: Path) -> str:
-    """The model's name: the folder's, or in Hugging Face's cache (models--ORG--NAME/snapshots/HASH) the repository's."""
+    """The folder's name, or in Hugging Face's cache (models--ORG--NAME/snapshots/HASH) the repository's."""
     folder = folder.resolve()
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
         return folder.parents[1].name.split("--")[-1]
@@ -44,8 +44,10 @@ def file_name(keys: dict[str, Any], encoding: str) -> str:
     """BaseName-SizeLabel-FineTune-Version-Encoding.gguf."""
     from gguf import naming_convention
 
-    parts = [keys.get(f"general.{name}") for name in ("name", "basename", "finetune", "version", "size_label")]
-    return re.sub(r"[^\w.+-]", "-", naming_convention(*parts, encoding)) + ".gguf"
+    name, base, finetune, version, size = (
+        keys.get(f"general.{key}") for key in ("name", "basename", "finetune", "version", "size_label")
+    )
+    return re.sub(r"[^\w.+-]", "-", naming_convention(name, base, finetune, version, size, encoding)) + ".gguf"
 
 
 def _card(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """config.json of a Hugging Face checkpoint -> the keys of a GGUF file; what is missing or odd is one clear error.
 
-transformers 5 words rotations differently (`rope_parameters`, by kind of layer where there are two); they are read as if
-they were in the older words (`rope_theta`, `rope_scaling`).
+transformers 5 words rotations differently (`rope_parameters`, by kind of layer where there are two); they are read as
+if they were in the older words (`rope_theta`, `rope_scaling`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Settings:
 
     def find(self, names: tuple[str, ...]) -> tuple[str, Any]:
         """The first of these settings that is there, and its value (None: there is none)."""
-        return next(((name, self.values[name]) for name in names if self.values.get(name) is not None), (names[0], None))
+        return next(
+            ((name, self.values[name]) for name in names if self.values.get(name) is not None), (names[0], None)
+        )
 
     def integer(self, *names: str, low: int = 1) -> int | None:
         name, value = self.find(names)
@@ -108,7 +110,9 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
         if said.values.get(name, wanted) not in (wanted, None):
             raise said.unsupported(f"{name} = {show(said.values[name])} is not supported, only {wanted}")
     if said.values.get("quantization_config"):
-        raise said.unsupported("a quantised checkpoint (quantization_config) cannot be converted; take the original one")
+        raise said.unsupported(
+            "a quantised checkpoint (quantization_config) cannot be converted; take the original one"
+        )
     keys: Keys = {}
     for key, names in INTEGERS.items():
         if (value := said.integer(*names)) is not None:
@@ -119,7 +123,7 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
         if key not in keys:
             raise said.error(INTEGERS[key][0], "nothing", f"it, for {row.name}.{key}")
     n_embd, n_head = keys["embedding_length"], keys["attention.head_count"]
-    keys["attention.head_count_kv"] = _kv_heads(row, said, n_head, keys.get("attention.head_count_kv", n_head))
+    keys["attention.head_count_kv"] = _kv_heads(row, said, n_head, keys.get("attention.head_count_kv") or n_head)
     head_dim = said.integer("head_dim")
     if head_dim is None and n_embd % n_head:
         raise said.error(INTEGERS["attention.head_count"][0], n_head, f"a divisor of {n_embd}, the embedding's length")
@@ -137,7 +141,7 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
             keys[key] = 0.0
     keys |= _windows(row, said, keys["block_count"])
     keys |= _attention_scale(row, said, head_dim or n_embd // n_head, keys)
-    if row.parallel == "key":
+    if row.parallel == "key" or "use_parallel_residual" in said.values:
         keys["use_parallel_residual"] = said.flag("use_parallel_residual", True)
     weights_norm = said.flag("norm_topk_prob", row.weights_norm)
     if "expert_count" in keys and weights_norm != row.weights_norm:

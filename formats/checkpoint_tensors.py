@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from .errors import FormatError, UnsupportedError
 from .gguf_header import show
 from .safetensors import FLOATS, Weight, Weights, to_float32
 
-_CHUNK = 1 << 22  # values in float32 at a time
+_PIECE = 1 << 22  # values written at a time
 _POSITIONS_BEFORE = 2  # rows of OPT's position embeddings that stand for no position
 Layout = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -40,28 +39,27 @@ class Source:
     values: NDArray[np.float32] | None = None
 
     @property
-    def dtype(self) -> str:
-        """What the values are stored in."""
-        return self.weights[0].dtype if self.weights else "F32"
-
-    @property
     def said(self) -> str:
         """The tensor's name in the checkpoint."""
         return self.weights[0].name if self.weights else self.name
 
-    def rows(self) -> Iterator[NDArray[np.float32]]:
-        """The values as float32 [some rows, row length], from the first row to the last."""
+    def pieces(self) -> Iterator[tuple[NDArray[Any], str]]:
+        """The values as they are stored, [some rows, row length] and their type, from the first row to the last."""
         width = self.shape[0]
+        step = max(1, _PIECE // width)
         if self.values is not None:
-            yield self.values.reshape(-1, width)
+            yield self.values.reshape(-1, width), "F32"
         for weight in self.weights:
             raw = weight.raw()
             raw = (raw if self.layout is None else self.layout(raw)).reshape(-1, width)
-            step = max(1, _CHUNK // width)
             for first in range(0, len(raw), step):
-                values = to_float32(raw[first : first + step], weight.dtype)
-                yield values + np.float32(self.offset) if self.offset else values
+                yield raw[first : first + step], weight.dtype
             weight.file.release(weight)
+
+    def floats(self, raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+        """The values of a piece."""
+        values = to_float32(raw, dtype)
+        return values + np.float32(self.offset) if self.offset else values
 
 
 def dimensions(keys: Mapping[str, Any], n_vocab: int) -> dict[str, int]:
@@ -213,7 +211,7 @@ def _stored(shape: tuple[int, ...], how: str) -> tuple[int, ...]:
 
 
 def _pairs(raw: NDArray[Any], n_dim: int, n_rot: int) -> NDArray[Any]:
-    """Rows of heads whose rotated dimensions i and i + n_rot/2 go together -> they are neighbours, as in ggml's "norm"."""
+    """Rows of heads, of which i and i + n_rot/2 are rotated together -> these are neighbours, as in ggml's "norm"."""
     order = np.arange(n_dim)
     order[:n_rot] = np.arange(n_rot).reshape(2, n_rot // 2).T.ravel()
     return raw.reshape(-1, n_dim, *raw.shape[1:])[:, order].reshape(raw.shape)
@@ -234,8 +232,3 @@ def own_type(sources: list[Source]) -> str:
             if len(weight.shape) > 1:
                 counts[weight.dtype] = counts.get(weight.dtype, 0) + weight.nbytes
     return max(counts, key=lambda name: counts[name]) if counts else "F32"
-
-
-def named(folder: Path, source: Source, what: str) -> UnsupportedError:
-    """An error that names the checkpoint's tensor."""
-    return UnsupportedError(f"{folder}: tensor {show(source.said)}: {what}")

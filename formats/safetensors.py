@@ -11,13 +11,14 @@ import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FormatError, ModelNotFoundError, UnsupportedError
 from .gguf_header import show
+from .hf_vocabulary import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -122,7 +123,7 @@ class SafetensorsFile:
         return Weight(name, dtype, tuple(shape), base + offsets[0], nbytes, self)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**60 for item in value)
 
 
@@ -143,17 +144,6 @@ def parse_json(text: bytes, path: Path, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(path, field, show(value), "a JSON object")
     return value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object; ModelNotFoundError where there is none."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ModelNotFoundError(f"{path} cannot be read: {error.strerror or error}") from None
-    return parse_json(text, path, "file")
 
 
 class Weights:
@@ -233,3 +223,11 @@ def to_float32(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     if dtype == "BF16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return raw.astype(np.float32)
+
+
+def finite(raw: NDArray[Any], dtype: str) -> bool:
+    """Whether stored values are all finite, as float32 too."""
+    if dtype == "BF16":
+        return not bool(((raw & np.uint16(0x7F80)) == 0x7F80).any())
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(raw.astype(np.float32) if dtype == "F64" else raw).all())

@@ -1,11 +1,11 @@
-"""A Hugging Face checkpoint -> a GGUF file, a piece of a tensor in memory at a time."""
+"""A Hugging Face checkpoint -> a GGUF file in any type, a piece of a tensor in memory at a time."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,93 +13,127 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..formats import mixes
 from ..formats.checkpoint import HFCheckpoint
 from ..formats.checkpoint_card import file_name
-from ..formats.checkpoint_tensors import Source, named
+from ..formats.checkpoint_tensors import Source
 from ..formats.config import ModelConfig
-from ..formats.errors import FormatError, ParameterError, StorageError
+from ..formats.errors import FormatError, StorageError
 from ..formats.gguf import GGUFFile
+from ..formats.gguf_header import show
 from ..formats.pages import forget
+from ..formats.safetensors import finite
+from ..formats.section_file import replacing
 from ..formats.section_layout import sidecar_path
 from ..formats.types import GGMLType
+from ..runtime.encode import Encoder, NotFiniteError
 from .transpose import encoded
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 Progress = Callable[[str, int, int], None]
-FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}
-_KEPT = ("norm.weight", "ffn_gate_inp.weight", "position_embd.weight")
+_FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The file that was written, what is in it, and what the person should know."""
+    """The file that was written, what is in it, in which mix of types, and what the person should know."""
 
     path: Path
     config: ModelConfig
-    kind: str
+    mix: mixes.Mix
     notes: tuple[str, ...]
 
 
-def convert(folder: Path, out: Path | None = None, kind: str | None = None, progress: Progress | None = None) -> Converted:
-    """Write the checkpoint in `folder` as a GGUF file of a type, by default that of its weights.
+def convert(
+    folder: Path,
+    out: Path | None = None,
+    name: str | None = None,
+    progress: Progress = _silent,
+    n_threads: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Converted:
+    """Write the checkpoint in `folder` as a GGUF file in the mix `name`, by default the type of its weights.
 
-    out: a file, or a folder (by default the current one) in which the file gets a name by the GGUF convention. A failed
-    or interrupted run leaves nothing under that name. Raises ModelNotFoundError, FormatError, UnsupportedError,
-    ParameterError (the type) and StorageError.
+    out: a file, or a folder (by default the current one) in which the file gets a name by the GGUF convention. say gets
+    a line while kernels are compiled. Raises ModelNotFoundError, FormatError, UnsupportedError, ParameterError and
+    StorageError; nothing is left under the final name then.
     """
-    with HFCheckpoint(folder) as checkpoint:
-        kind = (kind or checkpoint.own_type).upper()
-        if kind not in FILE_TYPES:
-            raise ParameterError(f"--type: got {kind!r}, wanted one of {', '.join(FILE_TYPES)}")
+    with HFCheckpoint(folder) as checkpoint, ExitStack() as stack:
+        mix = mixes.find(checkpoint.own_type if name is None else name)
         path = out or Path()
         if path.is_dir():
-            path = path / file_name(checkpoint.keys, kind)
-        if sidecar_path(path).exists():
-            raise StorageError(f"{sidecar_path(path)}: the section of an earlier {path.name}; delete it, or name another")
-        part = path.with_name(f".{path.name}.part")
-        try:
-            _write(checkpoint, part, kind, progress)
+            path = path / file_name(checkpoint.keys, mix.name)
+        if (side := sidecar_path(path)).exists():
+            raise StorageError(
+                f"{side}: the section of an earlier {path.name}; delete it, or name another file to write"
+            )
+        plan, notes = _plan(checkpoint, mix)
+        encoder = None
+        if any(mixes.is_quantised(kind) for _, kind in plan):
+            encoder = stack.enter_context(Encoder(n_threads, say))
+        with replacing(path, "name a file that can be written there") as part:
+            _write(checkpoint, part, mix, plan, encoder, progress)
             with GGUFFile(part) as file:
                 config = ModelConfig.from_gguf(file)
-            os.replace(part, path)
-        except OSError as error:
-            raise StorageError(f"{path}: {error.strerror or error}; name a file that can be written there") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
     forget(path)
-    return Converted(path, config, kind, tuple(checkpoint.notes))
+    return Converted(path, config, mix, (*checkpoint.notes, *notes))
 
 
-def _write(checkpoint: HFCheckpoint, part: Path, kind: str, progress: Progress | None) -> None:
+def _plan(checkpoint: HFCheckpoint, mix: mixes.Mix) -> tuple[list[tuple[Source, GGMLType]], list[str]]:
+    """The type of each tensor, and what the person should know of it."""
+    metadata = {**checkpoint.keys, "general.architecture": checkpoint.row.name}
+    facts = mixes.Facts.of(metadata, [source.name for source in checkpoint.sources])
+    plan, fallen = [], []
+    for source in checkpoint.sources:
+        wanted = mixes.preferred(mix, source.name, source.shape, facts)
+        kind = GGMLType.F32 if wanted is None else mixes.fitting(wanted, source.shape[0])
+        if wanted not in (None, kind):
+            fallen.append((source.name, f"{wanted.name} -> {kind.name}"))
+        plan.append((source, kind))
+    if not fallen:
+        return plan, []
+    what = ", ".join(sorted({change for _, change in fallen}))
+    first = f"{len(fallen)} tensors, such as {fallen[0][0]}"
+    return plan, [f"{first}, have rows that the type's blocks do not divide: {what}"]
+
+
+def _write(
+    checkpoint: HFCheckpoint,
+    part: Path,
+    mix: mixes.Mix,
+    plan: list[tuple[Source, GGMLType]],
+    encoder: Encoder | None,
+    progress: Progress,
+) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(part, checkpoint.row.name)
     try:
-        keys = {**checkpoint.keys, "general.file_type": FILE_TYPES[kind], "general.quantization_version": 2}
+        keys = {**checkpoint.keys, "general.file_type": mix.file_type, "general.quantization_version": 2}
         for key, value in keys.items():
-            add_key(writer, key, value)
-        plan = [(source, _type(source, GGMLType[kind])) for source in checkpoint.sources]
-        for source, form in plan:
-            dims = source.shape[::-1]
-            writer.add_tensor_info(
-                source.name, dims, np.dtype(np.float32), _nbytes(source, form), GGMLQuantizationType(form)
-            )
+            _add_key(writer, key, value)
+        sizes = [math.prod(source.shape) // kind.block_size * kind.type_size for source, kind in plan]
+        for (source, kind), size in zip(plan, sizes, strict=True):
+            dims, form = source.shape[::-1], GGMLQuantizationType(kind)
+            writer.add_tensor_info(source.name, dims, np.dtype(np.float32), size, form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         assert writer.fout is not None
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
-        done, total = 0, sum(_nbytes(source, form) for source, form in plan)
-        for source, form in plan:
-            for piece in pieces(checkpoint.folder, source, form):
+        done = 0
+        for source, kind in plan:
+            for piece in _pieces(checkpoint.folder, source, kind, encoder):
                 file.write(piece.data)
                 done += piece.nbytes
-                if progress:
-                    progress("writing the model", done, total)
+                progress("writing the model", done, sum(sizes))
             writer.write_padding(file, file.tell())
         file.flush()
         os.fsync(file.fileno())
@@ -107,40 +141,39 @@ def _write(checkpoint: HFCheckpoint, part: Path, kind: str, progress: Progress |
         writer.close()
 
 
-def _type(source: Source, kind: GGMLType) -> GGMLType:
-    if len(source.shape) < 2 or source.name.endswith(_KEPT):
-        return GGMLType.F32
-    return kind if source.shape[0] % kind.block_size == 0 else GGMLType.F16
+def _pieces(folder: Path, source: Source, kind: GGMLType, encoder: Encoder | None) -> Iterator[NDArray[np.uint8]]:
+    """A tensor's bytes; FormatError, naming it, for weights that are no numbers or too large for the type."""
+
+    def error(got: str, wanted: str) -> FormatError:
+        return FormatError(folder, f"tensor {show(source.said)}", got, wanted)
+
+    for raw, dtype in source.pieces():
+        if not finite(raw, dtype):
+            raise error("weights that are NaN or infinite", "finite ones")
+        if dtype == kind.name and not source.offset:
+            yield np.ascontiguousarray(raw).view(np.uint8).reshape(-1)
+            continue
+        values = source.floats(raw, dtype)
+        if mixes.is_quantised(kind):
+            assert encoder is not None
+            try:
+                yield encoder.encode(kind.name, values).reshape(-1)
+            except NotFiniteError as wrong:
+                raise error(str(wrong), f"finite ones that {kind.name} can hold") from None
+            continue
+        with np.errstate(over="ignore"):
+            data = encoded(values, kind).reshape(-1)
+        if not finite(data.view(_FLOATS[kind.name]), kind.name):
+            raise error(f"weights of up to {np.abs(values).max():.4g}", f"ones that {kind.name} can hold")
+        yield data
 
 
-def _nbytes(source: Source, form: GGMLType) -> int:
-    return math.prod(source.shape) // form.block_size * form.type_size
-
-
-def pieces(folder: Path, source: Source, form: GGMLType) -> Iterator[NDArray[np.uint8]]:
-    """A tensor's bytes; UnsupportedError, naming it, for weights that are no numbers or too large for the type."""
-    for values in source.rows():
-        if not np.isfinite(values).all():
-            raise named(folder, source, "has weights that are NaN or infinite")
-        if form == GGMLType.F16 and np.abs(values).max(initial=0.0) >= 65520.0:
-            raise named(folder, source, "has weights beyond the range of F16; take another --type")
-        yield encoded(values, form).reshape(-1)
-
-
-def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+def _add_key(writer: GGUFWriter, key: str, value: Any) -> None:
     """A metadata value in the type that the field gives it: u32, f32, bool, string, or an array of one of these."""
     from gguf import GGUFValueType as Type
 
-    if isinstance(value, bool):
-        writer.add_key_value(key, value, Type.BOOL)
-    elif isinstance(value, int):
-        writer.add_key_value(key, value, Type.UINT32)
-    elif isinstance(value, float):
-        writer.add_key_value(key, value, Type.FLOAT32)
-    elif isinstance(value, str):
-        writer.add_key_value(key, value, Type.STRING)
-    elif isinstance(value, list):
-        if value:
-            writer.add_array(key, value)
-    else:
-        raise FormatError(writer.path, f"key {key!r}", type(value).__name__, "a plain value")
+    kinds = {bool: Type.BOOL, int: Type.UINT32, float: Type.FLOAT32, str: Type.STRING}
+    if not isinstance(value, list):
+        writer.add_key_value(key, value, kinds[type(value)])
+    elif value:
+        writer.add_array(key, value)
