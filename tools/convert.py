@@ -53,7 +53,6 @@ def _hugging_face(folder: Path, out: Path | None, kind: str | None, threads: int
 
 def _powerinfer(source: str, out: Path | None, kind: str | None) -> None:
     from ..formats import powerinfer_convert
-
     from ..formats.errors import ParameterError
 
     path = console.find_model(source)
