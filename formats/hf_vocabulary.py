@@ -141,7 +141,7 @@ def _sentencepiece_like(found: HFVocabulary, data: dict[str, Any], pairs: list[t
             raise UnsupportedError(f"{found.path}: normalizer: got {part!r:.160}, supported is SentencePiece's")
     for part in _parts(data.get("pre_tokenizer"), "pretokenizers"):
         if part.get("type") == "Metaspace" and part.get("replacement") == "▁" and part.get("split") is False:
-            scheme = part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never")
+            scheme = str(part.get("prepend_scheme", "always" if part.get("add_prefix_space", True) else "never"))
             # Metaspace puts no space before a text that begins with one
             prefix, escapes = {"always": "each unless there", "first": "first unless there"}.get(scheme, "never"), True
         elif part.get("type") != "Split" or part.get("pattern") != {"String": " "}:  # Gemma's, which cuts nothing
@@ -205,17 +205,24 @@ def _pieces(path: Path) -> HFVocabulary:
         raise UnsupportedError(f"{path}: model_type: got {name}, supported is bpe")
     # A tokenizer.json beside the model says what really happens to spaces and characters.
     alone = not (path.parent / "tokenizer.json").is_file()
-    if alone and (normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces):
-        got = normalizer.name if normalizer.precompiled_charsmap else "remove_extra_whitespaces"
-        raise UnsupportedError(f"{path}: normalizer: got {got!r}, supported is 'identity' that keeps all spaces")
+    if alone and normalizer.precompiled_charsmap:
+        raise UnsupportedError(f"{path}: normalizer: got {normalizer.name[:80]!r}, supported is 'identity'")
     pieces = list(enumerate(proto.pieces))
     types = {id: piece.type for id, piece in pieces}
+    try:
+        texts = {id: piece.piece for id, piece in pieces}
+    except ValueError:  # not UTF-8; protobuf's faster half gives bytes instead
+        texts = {0: b""}
+    if not all(isinstance(text, str) for text in texts.values()):
+        raise FormatError(path, "pieces", "text that is not UTF-8", "a SentencePiece model in UTF-8")
     # User-defined pieces are looked for in the text itself, where spaces are spaces.
-    tokens = {id: piece.piece.replace("▁", " ") if types[id] == USER_DEFINED else piece.piece for id, piece in pieces}
-    keys = {
+    tokens = {id: text.replace("▁", " ") if types[id] == USER_DEFINED else text for id, text in texts.items()}
+    keys: dict[str, Any] = {
         "tokenizer.ggml.pre": "default",
         "tokenizer.ggml.add_space_prefix": bool(normalizer.add_dummy_prefix),
     }
+    if alone and normalizer.remove_extra_whitespaces:
+        keys["tokenizer.ggml.remove_extra_whitespaces"] = True
     return HFVocabulary(path, "llama", tokens, types, {id: piece.score for id, piece in pieces}, keys)
 
 

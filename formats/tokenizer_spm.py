@@ -50,7 +50,7 @@ class SentencePiece:
         proto.trainer_spec.byte_fallback = BYTE in types
         proto.normalizer_spec.name = "identity"
         proto.normalizer_spec.add_dummy_prefix = self.space_prefix and self._prefix == "each"
-        proto.normalizer_spec.remove_extra_whitespaces = False
+        proto.normalizer_spec.remove_extra_whitespaces = metadata.flag("remove_extra_whitespaces", False)
         try:
             for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types, strict=True):
                 proto.pieces.add(piece=token, score=score, type=kind)
