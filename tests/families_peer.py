@@ -1,10 +1,11 @@
-"""Compare llama.cpp's logits for the families of tests/families with those of transformers (run by hand).
+"""Compare hotcold's and llama.cpp's logits for tests/families with those of transformers (run by hand).
 
     python tests/families_peer.py --peer-python PYTHON [--files FOLDER] [--half-cache] [NAME ...]
 
-Each family is converted to an F32 file, which llama-cpp-python then computes in its own interpreter
-(`pip install llama-cpp-python` there). --files takes NAME.gguf from a folder instead of converting. A family that
-llama.cpp computes differently by its own choice is measured up to where the two part, too.
+Each family is converted to an F32 file, which hotcold computes here and llama-cpp-python in its own interpreter
+(`pip install llama-cpp-python` there), each prompt at once and token by token. --files takes NAME.gguf from a
+folder instead of converting. A family that llama.cpp computes differently by its own choice is measured up to where
+the two part, too.
 """
 
 from __future__ import annotations
@@ -78,12 +79,28 @@ def ask_peer(python: str, family: Family, file: Path, half_cache: bool) -> tuple
             [python, __file__, "--as-peer"], input=json.dumps(request), stdout=subprocess.PIPE, text=True
         )
         if done.returncode:
-            return {"version": "?", "error": f"the process ended with {done.returncode}"}, {}
+            return {"version": "", "error": f"the process ended with {done.returncode}"}, {}
         answer = json.loads(done.stdout)
         if answer["error"]:
             return answer, {}
         with np.load(arrays) as logits:
             return answer, dict(logits)
+
+
+def ours(family: Family, file: Path) -> dict[str, np.ndarray]:
+    """The same arrays from hotcold."""
+    from hotcold import Engine
+
+    logits = {}
+    with Engine(str(file), n_ctx=family.n_ctx, n_threads=1) as engine:
+        for i, ids in enumerate([family.prompt, *(ids for ids, _ in family.batch)]):
+            sequence = engine.new_sequence()
+            logits[f"whole{i}"] = engine.eval(sequence, ids.tolist(), all_logits=True).copy()
+            sequence.close()
+            sequence = engine.new_sequence()
+            logits[f"steps{i}"] = np.stack([engine.eval(sequence, [token])[-1].copy() for token in ids.tolist()])
+            sequence.close()
+    return logits
 
 
 def agreement(family: Family, logits: dict[str, np.ndarray], upto: int) -> tuple[float, float]:
@@ -111,19 +128,20 @@ def convert(family: Family, folder: Path) -> Path:
 
 def row(family: Family, python: str, file: Path, half_cache: bool) -> tuple[str, str]:
     """One line of the table, and the peer's version."""
+    start = "| {} | {:.0e}, {:.0%} |".format(family.name, *agreement(family, ours(family, file), len(family.prompt)))
     if family.folder.name in UNKNOWN:
-        return f"| {family.name} | no | | | the name is PowerInfer's |", "?"
+        return f"{start} - | not in llama.cpp: the name is PowerInfer's |", ""
     answer, logits = ask_peer(python, family, file, half_cache)
     if answer["error"]:
-        return f"| {family.name} | **no** | | | {answer['error']} |", answer["version"]
-    error, equal = agreement(family, logits, len(family.prompt))
+        return f"{start} **refused** | {answer['error']} |", answer["version"]
     note = ""
     if family.name in PARTS:
         upto, why = PARTS[family.name]
         note = f"llama.cpp {why}"
         if upto:
             note += "; first {} positions: {:.0e}, {:.0%}".format(upto, *agreement(family, logits, upto))
-    return f"| {family.name} | yes | {error:.0e} | {equal:.0%} | {note} |", answer["version"]
+    peer = "{:.0e}, {:.0%}".format(*agreement(family, logits, len(family.prompt)))
+    return f"{start} {peer} | {note} |", answer["version"]
 
 
 def main() -> None:
@@ -144,9 +162,9 @@ def main() -> None:
             lines.append(line)
             versions.add(version)
     cache = "float16" if options.half_cache else "float32"
-    print(f"peer: llama-cpp-python {max(versions - {'?'}, default='?')}, {cache} keys and values, no flash attention\n")
-    print("| family | llama.cpp has it | largest relative error | equal best tokens | |")
-    print("|---|---|---|---|---|")
+    print("Largest relative error of the logits against transformers (float32), and share of equal best tokens;")
+    print(f"llama.cpp as of llama-cpp-python {max(versions)}, {cache} keys and values, no flash attention.\n")
+    print("| family | hotcold | llama.cpp | |\n|---|---|---|---|")
     print("\n".join(lines))
 
 
