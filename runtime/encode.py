@@ -42,6 +42,8 @@ class Encoder:
         self._records = aligned(2 * 256, zero=True).view(np.int64).reshape(2, -1)
         self._done = aligned(128, zero=True)
         self._rows = np.zeros((2, len(Row)), np.int64)
+        for i, record in enumerate(self._records):
+            record[Decode.done // 8] = self._done.ctypes.data + 64 * i
 
     def __enter__(self) -> Encoder:
         return self
@@ -131,11 +133,11 @@ class Encoder:
             self._pool.run(self._rows.ctypes.data, len(names), 0)
 
     def _set(self, i: int, layout: Any, kernel: int, fields: dict[str, int]) -> None:
+        # A thread that is late may still walk the last tape and look at counts: they are at one place all the time.
         record = self._records[i]
-        for name in layout._fields[1:]:
+        for name in layout._fields[2:]:
             record[getattr(layout, name) // 8] = fields.get(name, 0)
         record[layout.counter // 8] = self._records[0, 0]  # of the turn that begins
-        record[layout.done // 8] = self._done.ctypes.data + 64 * i
         self._rows[i, :3] = kernel, record.ctypes.data, 1
 
     def _top(self) -> float:
