@@ -75,7 +75,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             (GATED,),
             rope="norm",
             activation="drelu",
-            hf=Checkpoint(("BambooForCausalLM",), activated=False),
+            hf=Checkpoint(("BambooForCausalLM",), ignored=("model.layers.{i}.mlp.predictor.",), activated=False),
         ),
         Architecture(
             "qwen2",
@@ -108,7 +108,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             (OUTPUT,),
             (EXPERTS,),
             weights_norm=False,
-            hf=Checkpoint(("OlmoeForCausalLM",), only={"clip_qkv": None}),
+            hf=Checkpoint(("OlmoeForCausalLM",), own_output=True, only={"clip_qkv": None}),
         ),
         Architecture(
             "gemma2",
@@ -290,6 +290,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                     ffn_up=".mlp.dense_h_to_4h",
                     ffn_down=".mlp.dense_4h_to_h",
                 ),
+                own_output=True,
                 prefix="gpt_neox.",
                 reordered={"attn_qkv": "grouped"},
                 ignored=("gpt_neox.layers.{i}.attention.bias", "gpt_neox.layers.{i}.attention.masked_bias"),
@@ -325,6 +326,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 llama_names(
                     attn_q_norm=".self_attn.q_layernorm.norms.{n}", attn_k_norm=".self_attn.k_layernorm.norms.{n}"
                 ),
+                own_output=True,
                 defaults={"partial_rotary_factor": 0.25},
             ),
         ),
@@ -338,6 +340,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 llama_names(
                     post_attention_norm=".post_attention_layernorm", post_ffw_norm=".post_feedforward_layernorm"
                 ),
+                own_output=True,
             ),
         ),
         Architecture(
@@ -359,6 +362,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             gated=False,
             hf=Checkpoint(
                 ("NemotronForCausalLM",),
+                own_output=True,
                 norm_offset=1.0,
                 defaults={"partial_rotary_factor": 0.5, "hidden_act": "relu2"},
             ),

@@ -28,6 +28,8 @@ from .errors import FormatError, UnsupportedError
 from .gguf_header import show
 
 MAX_INT = 2**31 - 1
+MAX_LAYERS = 100_000  # before the tensors have said how many there really are
+MAX_HEAD = 65536
 Keys = dict[str, Any]
 _PLAIN = ("default", "none", "")
 
@@ -115,19 +117,25 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
         )
     keys: Keys = {}
     for key, names in INTEGERS.items():
-        if (value := said.integer(*names)) is not None:
+        value = said.integer(*names, low=0 if key.startswith("expert") else 1) or None
+        if value is None and key == "feed_forward_length":
+            value = hf.ff_multiple * keys.get("embedding_length", 0) or None
+        if value is None and key == "attention.head_count_kv":
+            value = keys.get("attention.head_count")
+        if value is not None:
             keys[key] = value
-    if hf.ff_multiple and "embedding_length" in keys:
-        keys.setdefault("feed_forward_length", hf.ff_multiple * keys["embedding_length"])
-    for key in tuple(INTEGERS)[:4] + ("feed_forward_length",):
-        if key not in keys:
+    for key in INTEGERS:
+        if key not in keys and not key.startswith("expert"):
             raise said.error(INTEGERS[key][0], "nothing", f"it, for {row.name}.{key}")
     n_embd, n_head = keys["embedding_length"], keys["attention.head_count"]
-    keys["attention.head_count_kv"] = _kv_heads(row, said, n_head, keys.get("attention.head_count_kv") or n_head)
+    keys["attention.head_count_kv"] = _kv_heads(row, said, n_head, keys["attention.head_count_kv"])
     head_dim = said.integer("head_dim")
     if head_dim is None and n_embd % n_head:
         raise said.error(INTEGERS["attention.head_count"][0], n_head, f"a divisor of {n_embd}, the embedding's length")
-    if head_dim is not None:
+    head_dim = head_dim or n_embd // n_head
+    if head_dim > MAX_HEAD:
+        raise said.error("head_dim", head_dim, f"at most {MAX_HEAD}")
+    if head_dim * n_head != n_embd:
         keys["attention.key_length"] = keys["attention.value_length"] = head_dim
     eps = said.number(*EPSILON[row.norm])
     if eps is None:
@@ -140,7 +148,7 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
         if usual and key not in keys:
             keys[key] = 0.0
     keys |= _windows(row, said, keys["block_count"])
-    keys |= _attention_scale(row, said, head_dim or n_embd // n_head, keys)
+    keys |= _attention_scale(row, said, head_dim, keys)
     if row.parallel == "key" or "use_parallel_residual" in said.values:
         keys["use_parallel_residual"] = said.flag("use_parallel_residual", True)
     weights_norm = said.flag("norm_topk_prob", row.weights_norm)
@@ -151,7 +159,7 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
     tensors: dict[str, NDArray[np.float32]] = {}
     notes: list[str] = []
     if row.rope:
-        rope = _Rope(row, said, head_dim or n_embd // n_head, keys["context_length"])
+        rope = _Rope(row, said, head_dim, keys["context_length"])
         keys |= rope.keys
         tensors, notes = rope.tensors, rope.notes
     return {**keys, **hf.keys}, tensors, notes
@@ -197,7 +205,7 @@ def _windows(row: Architecture, said: Settings, n_layer: int) -> Keys:
     types = said.values.get("layer_types")
     if types is not None:
         known = ("full_attention", "sliding_attention")
-        if not isinstance(types, list) or len(types) != n_layer or any(kind not in known for kind in types):
+        if not isinstance(types, list) or len(types) != n_layer or any(word not in known for word in types):
             raise said.error("layer_types", show(types), f"{' or '.join(known)} for each of {n_layer} layers")
         has = [word == "sliding_attention" for word in types]
     else:
@@ -210,9 +218,6 @@ def _windows(row: Architecture, said: Settings, n_layer: int) -> Keys:
         return {}
     found: Keys = {"attention.sliding_window": window}
     return found if has == usual else {**found, "attention.sliding_window_pattern": has}
-
-
-MAX_LAYERS = 100_000  # before the tensors have said how many there really are
 
 
 class _Rope:
@@ -238,6 +243,8 @@ class _Rope:
             raise said.error("rope_scaling", show(scaling), "an object")
         self.scaling = scaling
         kind = scaling.get("rope_type") or scaling.get("type") or ""
+        if not isinstance(kind, str):
+            raise said.error("rope_scaling.rope_type", show(kind), "a word")
         if kind in _PLAIN:
             return
         made = {

@@ -112,11 +112,11 @@ class Plan:
         self.used: set[str] = set()
         if n_layer > len(self.there):  # before it is used as a loop count
             raise FormatError(self.folder, "tensors", f"{len(self.there)}", f"those of {n_layer} blocks")
-        output, head = self.candidates("output.weight", 0), "output.weight"
-        drop_head = tied if tied is not None else row.hf.tied or not self.has(head)
-        chosen = self.groups(drop_head)
-        if drop_head:
-            self.used |= {name for name in output if name in self.there}
+        own_output = self.candidates("output.weight", 0)
+        self.tied = tied if tied is not None else row.hf.tied or not self.has("output.weight")
+        if self.tied:
+            self.used |= self.there.keys() & set(own_output)
+        chosen = self.groups()
         self.sources = [self.source(name, shape, 0) for name, shape in chosen.items() if name in MODEL_WIDE]
         for i in range(n_layer):
             self.sources += [self.source(name, shape, i) for name, shape in chosen.items() if name not in MODEL_WIDE]
@@ -133,16 +133,17 @@ class Plan:
     def has(self, name: str) -> bool:
         return any(text.replace("{n}", "0") in self.there for text in self.candidates(name, 0))
 
-    def groups(self, drop_head: bool) -> Group:
+    def groups(self) -> Group:
         """The tensors of the groups that the checkpoint has, in the table's order."""
         row = self.row
         chosen = [EMBEDDING, row.required]
         for group in row.optional:
-            is_head = "output.weight" in group
-            if any(self.has(name) or name in self.made for name in group) and not (is_head and drop_head):
+            if "output.weight" in group:
+                wanted = row.hf.own_output or not self.tied
+            else:
+                wanted = any(self.has(name) or name in self.made for name in group)
+            if wanted:
                 chosen.append(group)
-            elif is_head and not drop_head:
-                chosen.append(group)  # it is missing, and that will be said
         chosen.append(max(row.ffn, key=lambda group: sum(map(self.has, group))))
         return {name: shape for group in chosen for name, shape in group.items()}
 
@@ -151,7 +152,7 @@ class Plan:
         full = name if name in MODEL_WIDE else f"blk.{block}.{name}"
         if name in self.made:
             return Source(full, expected, values=self.made[name])
-        names = self.candidates(name, block)
+        names = self.candidates("token_embd.weight" if name == "output.weight" and self.tied else name, block)
         text = next((text for text in names if text.replace("{n}", "0") in self.there), names[0])
         stacked = "{n}" in text
         one = expected[:-1] if stacked else expected
@@ -191,12 +192,13 @@ class Plan:
 
     def refuse_others(self, n_layer: int) -> None:
         """Tensors that would be left out make another model: UnsupportedError, unless they are known to be idle."""
-        ignored = set()
+        ignored: list[str] = []
         for text in self.row.hf.ignored:
             text = text.removeprefix(self.row.hf.prefix) if self.bare else text
-            ignored |= {text.replace("{i}", str(i)) for i in range(n_layer)}
-        for name in sorted(self.there.keys() - self.used - ignored):
-            if not name.endswith(IGNORED):
+            ignored += [text.replace("{i}", str(i)) for i in range(n_layer)]
+        whole, beginnings = set(ignored), tuple(text for text in ignored if text.endswith("."))
+        for name in sorted(self.there.keys() - self.used - whole):
+            if not name.endswith(IGNORED) and not name.startswith(beginnings):
                 what = f"tensor {show(name)} is not one that {self.row.name} models of {n_layer} blocks have"
                 raise UnsupportedError(f"{self.folder}: {what}, by config.json")
 

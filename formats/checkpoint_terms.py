@@ -72,7 +72,7 @@ NUMBERS: Names = {
 }
 EPSILON = {"rms": ("rms_norm_eps",), "layer": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")}
 ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")
-ROTATED_PART = ("partial_rotary_factor", "rotary_pct", "rope_pct")
+ROTATED_PART = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rope_percent")
 ROPE_BASE = ("rope_theta", "rotary_emb_base")
 
 ACTIVATIONS: Mapping[str, str] = {
@@ -96,20 +96,22 @@ class Checkpoint:
     """The Hugging Face side of an architecture.
 
     classes: what config.json calls it (`architectures`). names: tensors. prefix: of the model's body, which some
-    checkpoints leave out. tied: the embedding is the output too, unless config.json says otherwise. norm_offset: added
-    to the weights of norms. reordered: stem -> how its values lie: "transposed"; "grouped" (fused rows by K/V head: its
-    queries, key, value); "offset" (two rows before the first position). ignored: tensors that hold no weights.
-    windows: which layers have the window: "" none, "all", "pattern" (all but each n-th), "late" (from max_window_layers
-    on, if use_sliding_window). attn_scale: setting and power that scale attention's scores. one_kv_head: the setting
-    that means it, and another that overrules. defaults: settings of config.json where it has none; ff_multiple: FFN
-    width then, of n_embd. only: settings of which one value is supported. activated: whether config.json names the
-    FFN's activation. keys: further {arch}.* keys.
+    checkpoints leave out. tied: the embedding is the output too, unless config.json says otherwise; own_output: other
+    readers want a tensor for the output even so. norm_offset: added to the weights of norms. reordered: stem -> how its
+    values lie: "transposed"; "grouped" (fused rows by K/V head: its queries, key, value); "offset" (two rows before the
+    first position). ignored: tensors that hold no weights of ours (names, or beginnings that end in a dot). windows:
+    which layers have the window: "" none, "all", "pattern" (all but each n-th), "late" (from max_window_layers on, if
+    use_sliding_window). attn_scale: setting and power that scale attention's scores. one_kv_head: the setting that
+    means it, and another that overrules. defaults: settings of config.json where it has none; ff_multiple: FFN width
+    then, of n_embd. only: settings of which one value is supported. activated: whether config.json names the FFN's
+    activation. keys: further {arch}.* keys.
     """
 
     classes: tuple[str, ...]
     names: Names = field(default_factory=llama_names)
     prefix: str = "model."
     tied: bool = False
+    own_output: bool = False
     norm_offset: float = 0.0
     reordered: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()

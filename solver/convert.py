@@ -128,12 +128,12 @@ def _write(
         assert writer.fout is not None
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
-        done = 0
+        done, total = 0, sum(sizes)
         for source, kind in plan:
             for piece in _pieces(checkpoint.folder, source, kind, encoder):
                 file.write(piece.data)
                 done += piece.nbytes
-                progress("writing the model", done, sum(sizes))
+                progress("writing the model", done, total)
             writer.write_padding(file, file.tell())
         file.flush()
         os.fsync(file.fileno())
