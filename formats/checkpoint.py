@@ -33,7 +33,7 @@ class HFCheckpoint:
             raise ModelNotFoundError(f"{folder}: there is no config.json: it is no Hugging Face checkpoint")
         self.folder, config = folder, read_json(path)
         self.row = _row(path, config)
-        said = Settings(path, config, dict(self.row.hf.defaults))
+        said = Settings(path, config, self.row.hf.defaults)
         n_vocab = said.integer("vocab_size")
         if n_vocab is None:
             raise said.error("vocab_size", "nothing", "the number of tokens")

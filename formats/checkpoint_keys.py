@@ -7,7 +7,7 @@ if they were in the older words (`rope_theta`, `rope_scaling`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,13 @@ _PLAIN = ("default", "none", "")
 
 
 class Settings:
-    """config.json: typed look-ups by any of several names; what is null counts as missing."""
+    """config.json: typed look-ups by any of several names; what is null counts as missing.
 
-    def __init__(self, path: Path, values: Keys, defaults: Keys) -> None:
-        self.path, self.values = path, {**defaults, **_in_old_words(path, values)}
+    defaults: what is meant where a setting has none of its names in the file.
+    """
+
+    def __init__(self, path: Path, values: Keys, defaults: Mapping[str, Any]) -> None:
+        self.path, self.values, self.defaults = path, _in_old_words(values), defaults
 
     def error(self, name: str, got: object, wanted: object) -> FormatError:
         return FormatError(self.path, f"setting {show(name)}", show(got) if isinstance(got, str) else got, wanted)
@@ -48,9 +51,10 @@ class Settings:
 
     def find(self, names: tuple[str, ...]) -> tuple[str, Any]:
         """The first of these settings that is there, and its value (None: there is none)."""
-        return next(
-            ((name, self.values[name]) for name in names if self.values.get(name) is not None), (names[0], None)
-        )
+        for values in (self.values, self.defaults):
+            if any(name in values for name in names):
+                return next(((name, values[name]) for name in names if values.get(name) is not None), (names[0], None))
+        return names[0], None
 
     def integer(self, *names: str, low: int = 1) -> int | None:
         name, value = self.find(names)
@@ -75,7 +79,7 @@ class Settings:
         return value
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self.values.get(name)
+        _, value = self.find((name,))
         if value is not None and not isinstance(value, bool):
             raise self.error(name, show(value), "true or false")
         return default if value is None else value
@@ -88,7 +92,7 @@ def as_number(value: Any, error: Callable[[str], FormatError]) -> float:
     return float(value)
 
 
-def _in_old_words(path: Path, values: Keys) -> Keys:
+def _in_old_words(values: Keys) -> Keys:
     said = values.get("rope_parameters")
     if not isinstance(said, dict):
         return values
