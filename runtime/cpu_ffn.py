@@ -75,8 +75,7 @@ class FFN:
             else:
                 add("activate", f"{picked} {active}", picked, "", "sparse", function=function, threshold=threshold)
                 self._down(picked, active)
-            rule: dict[str, str | float] = {"function": function, "threshold": threshold}
-            add("activate", f"{gate}{other}", f"{gate} {h}", "", "dense", **rule)
+            add("activate", f"{gate}{other}", f"{gate} {h}", "", "dense", function=function, threshold=threshold)
         if plan.dense_from_t or n_cold:
             add("matmul_t", f"{h}{self.base}", self.to, "ffn_down_t", "dense")
         else:
@@ -85,13 +84,13 @@ class FFN:
     def experts(self, config: ModelConfig, plan: Plan | None) -> None:
         """The experts that the router chooses for each token; of a split layer, those that are not on the GPU."""
         threshold = plan.thresholds[self.layer] if plan else 0.0
-        rule: dict[str, str | float] = {"function": config.activation, "threshold": threshold}
         self._add("matmul", "f", "router", "ffn_gate_inp")
         here = part(f"blk.{self.layer}.experts", "cold") if self.n_cold else ""
         self.append("route", "router", "routed", here, layer=self.layer)
         self._add("experts", "f routed", "gate", "ffn_gate_exps", rows="pairs")
         self._add("experts", "f routed", "up", "ffn_up_exps", rows="pairs")
-        self._add("activate", "gate up routed", "gate h", rows="pairs", **rule)
+        function = config.activation
+        self._add("activate", "gate up routed", "gate h", rows="pairs", function=function, threshold=threshold)
         self._add("experts", "h routed", "sums", "ffn_down_exps", rows="pairs")
         self._add("combine", f"sums{self.base} routed", self.to)
 

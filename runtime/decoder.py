@@ -91,7 +91,7 @@ class _Decoder:
             return
         tensor = f"blk.{layer}.{name}"
         eps = self.eps if reads == "x" else self.config.norm_eps
-        how = {"bias": self._bias(tensor), "function": self.config.norm, "eps": eps, "group": group}
+        how: dict[str, str | float] = {"bias": self._bias(tensor), "function": self.config.norm, "eps": eps, "group": group}
         self._add("norm", reads, to, f"{tensor}.weight", unit, layer=layer, **how)
 
     def _attention(self, layer: int, unit: str) -> None:
@@ -216,7 +216,7 @@ class _Decoder:
         self._need(unit)
         c = self.config
         bias = "output_norm.bias" if c.has("output_norm.bias") else ""
-        how = {"function": c.norm, "eps": self.eps, "bias": bias, "gain": c.logit_scale}
+        how: dict[str, str | float] = {"function": c.norm, "eps": self.eps, "bias": bias, "gain": c.logit_scale}
         self._add("norm", "x", "y", "output_norm.weight", unit, rows="outputs", **how)
         self._add(
             "matmul", "y", "logits", "token_embd.weight" if c.tied_output else "output.weight", unit, rows="outputs"

@@ -23,7 +23,8 @@ QUANTS = [kind.name for kind in naive.QUANT_TYPES]
 PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # blocks of 32
 FLOATS = [kind.name for kind in naive.FLOAT_TYPES]
 KERNELS = [
-    *("walk", "norm", "pack", "rope:norm", "rope:neox", "attention", "select:gates", "select:scores", "add_parts"),
+    *("walk", "norm:rms", "norm:layer", "pack", "rope:norm", "rope:neox", "attention", "attention:softcap"),
+    *("select:gates", "select:scores", "add_parts"),
     *(f"{family}:{name}" for family in ("activate", "rows:F32") for name in naive.ACTIVATIONS),
     *(f"{family}:{kind}" for family in ("matmul", "embed", "rows", "down", "matmul_t") for kind in TYPES),
 ]

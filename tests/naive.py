@@ -118,6 +118,12 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu_erf(x: Array) -> Array:
+    """GELU as defined, x * Phi(x) (arXiv:1606.08415, section 1)."""
+    erfc = np.vectorize(math.erfc, otypes=[np.float64])
+    return x * 0.5 * erfc(-np.asarray(x, np.float64) / math.sqrt(2)).astype(x.dtype)
+
+
 def relu(x: Array) -> Array:
     return np.maximum(x, 0)
 
@@ -125,6 +131,7 @@ def relu(x: Array) -> Array:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": silu,
     "gelu": gelu,
+    "gelu_erf": gelu_erf,
     "relu": relu,
     "relu2": lambda x: relu(x) ** 2,
     "drelu": relu,
@@ -187,11 +194,13 @@ def rope(x: Array, positions: Array, params: Rope) -> Array:
     return out
 
 
-def attention(q: Array, k: Array, v: Array, scale: float | None = None, window: int = 0) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, scale: float | None = None, window: int = 0, softcap: float = 0.0
+) -> Array:
     """Causal attention (n_q, n_head, v_dim) of the last n_q of n_kv tokens; GQA: head h reads h // group.
 
     q (n_q, n_head, dim), k (n_kv, n_head_kv, dim), v (n_kv, n_head_kv, v_dim). With a window, a query sees a
-    key when their distance is less than the window.
+    key when their distance is less than the window. softcap: scores become cap * tanh(score / cap).
     """
     n_q, n_head, dim = q.shape
     n_kv, n_head_kv, _ = k.shape
@@ -202,6 +211,7 @@ def attention(q: Array, k: Array, v: Array, scale: float | None = None, window: 
     out = np.empty((n_q, n_head, v.shape[2]), np.result_type(q, v))
     for head in range(n_head):
         scores = q[:, head] @ k[:, head // group].T * scale
+        scores = softcap * np.tanh(scores / softcap) if softcap else scores
         scores[hidden] = -np.inf
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v[:, head // group]

@@ -64,18 +64,23 @@ def tanh(x, n):
     return one - vdiv(two, exp(x + x, n) + one)
 
 
+# ln(erfc(z)) + z**2 - ln(t) as a polynomial of t = 1 / (1 + z / 2), fitted at Chebyshev nodes for z from 0 to 9.
+_ERFC = (
+    -1.26541507, 0.997978302, 0.39215495, 0.00868708455, 0.0763455192,
+    -0.219760443, -0.529553268, 1.03276993, -0.628631684, 0.135424719,
+)  # fmt: skip
+
+
 @inline
 def gelu_erf(x, n):
-    """GELU as defined, x * Phi(x), with erf by Abramowitz and Stegun's 7.1.26: absolute error below 2e-7 |x|."""
+    """GELU as defined, x * Phi(x) (arXiv:1606.08415, section 1); relative error of the tails below 5e-6."""
     zero, one = splat_f32(0.0, n), splat_f32(1.0, n)
-    z = vabs(x) * splat_f32(0.7071067811865476, n)
-    t = vdiv(one, fma(z, splat_f32(0.3275911, n), one))
-    p = splat_f32(1.061405429, n)
-    p = fma(p, t, splat_f32(-1.453152027, n))
-    p = fma(p, t, splat_f32(1.421413741, n))
-    p = fma(p, t, splat_f32(-0.284496736, n))
-    p = fma(p, t, splat_f32(0.254829592, n))
-    tail = p * t * exp(zero - z * z, n) * splat_f32(0.5, n)  # 1 - Phi(|x|)
+    z = vmin(vabs(x) * splat_f32(0.7071067811865476, n), splat_f32(9.0, n))
+    t = vdiv(one, fma(z, splat_f32(0.5, n), one))
+    p = splat_f32(_ERFC[9], n)
+    for i in range(8, -1, -1):
+        p = fma(p, t, splat_f32(_ERFC[i], n))
+    tail = t * exp(p - z * z, n) * splat_f32(0.5, n)  # Phi(-|x|)
     return x * where_less(x, zero, tail, one - tail)
 
 

@@ -47,7 +47,9 @@ def test_activated_gate_times_up(level: str, name: str, n_tok: int) -> None:
         atol = 1e-14 if name == "gelu" else 1e-30
         for n_threads in (1, 2):
             got = activate(level, gate, up, n_threads, quantised, name=name)
-            np.testing.assert_allclose(got, wanted, rtol=3e-6, atol=atol)
+            # its tail is e to a number near 100, of which float32 has few digits behind the point
+            rtol = 1e-5 if name == "gelu_erf" else 3e-6
+            np.testing.assert_allclose(got, wanted, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("level", LEVELS)

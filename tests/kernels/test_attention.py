@@ -44,7 +44,14 @@ def make_case(lengths: list[tuple[int, int]], heads: Heads, rng: np.random.Gener
 
 
 def attend(
-    level: str, case: Case, heads: Heads, scale: float, window: int = 0, n_threads: int = 1, seed: int = 0
+    level: str,
+    case: Case,
+    heads: Heads,
+    scale: float,
+    window: int = 0,
+    n_threads: int = 1,
+    seed: int = 0,
+    softcap: float = 0.0,
 ) -> list[Array]:
     """Each sequence's output, float32 (n_new, n_head, dim_v). Blocks lie in random order; unused slots hold NaNs."""
     needs = [-(-len(keys) // KV_BLOCK) for keys in case.keys]
@@ -68,7 +75,8 @@ def attend(
         positions += list(at[len(at) - n_new :])
     out = Buffer.full((len(positions), heads.n_head, heads.dim_v))
     fields = {"q": Buffer(np.concatenate(case.queries)), "out": out, "keys": keys, "values": values}
-    op = Op("attention", Attention, {**fields, **heads._asdict(), "scale": scale, "window": window})
+    numbers = {**heads._asdict(), "scale": scale, "window": window, "softcap": softcap}
+    op = Op("attention:softcap" if softcap else "attention", Attention, {**fields, **numbers})
     step = {
         "tiles": Buffer(np.array(tiles, np.int32)),
         "n_tiles": len(tiles),
@@ -79,12 +87,19 @@ def attend(
     return np.split(out.array, np.cumsum([len(queries) for queries in case.queries])[:-1])
 
 
-def check(level: str, lengths: list[tuple[int, int]], heads: Heads, window: int = 0, n_threads: int = 1) -> None:
+def check(
+    level: str,
+    lengths: list[tuple[int, int]],
+    heads: Heads,
+    window: int = 0,
+    n_threads: int = 1,
+    softcap: float = 0.0,
+) -> None:
     case = make_case(lengths, heads, np.random.default_rng(len(lengths)))
     scale = heads.dim_k**-0.5
-    for i, got in enumerate(attend(level, case, heads, scale, window, n_threads)):
+    for i, got in enumerate(attend(level, case, heads, scale, window, n_threads, 0, softcap)):
         q, k, v = (part[i].astype(np.float64) for part in (case.queries, case.keys, case.values))
-        np.testing.assert_allclose(got, naive.attention(q, k, v, scale, window), rtol=0, atol=ATOL)
+        np.testing.assert_allclose(got, naive.attention(q, k, v, scale, window, softcap), rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -113,6 +128,13 @@ def test_every_length_around_a_block(level: str) -> None:
 def test_windows(level: str, window: int) -> None:
     for lengths in ([(130, 1)], [(130, 130)], [(20, 3), (97, 33)]):
         check(level, lengths, Heads(4, 2, 16, 16), window)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("softcap", [0.1, 1.0, 50.0])
+def test_soft_caps(level: str, softcap: float) -> None:
+    for lengths in ([(130, 1)], [(70, 70)], [(20, 3), (97, 33)]):
+        check(level, lengths, Heads(4, 2, 16, 16), 40, softcap=softcap)
 
 
 @pytest.mark.parametrize("level", LEVELS)

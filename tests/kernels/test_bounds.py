@@ -106,15 +106,18 @@ def touch(level: str) -> None:
             product |= {name: value for name, value in fields.items() if name.startswith("x")}
             x = Buffer(np.ones((n_tok, k), np.float32))
             run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=n_tok)
-        embed = Op(f"embed:{kind}", Embed, {**shared, "out": Buffer.full((1, k))})
+        own = {"out": Buffer.full((1, k)), "gain": 1.0, "at": Step.ids}
+        embed = Op(f"embed:{kind}", Embed, {**shared, **own})
         run(level, embed, n_tok=1, ids=Buffer(np.array([4], np.int32)))
         touch_listed(level, kind, k)
     for k in (33, 96):
         weight = Buffer(np.ones(k, np.float32), before_a_forbidden_page)
         fields = packed(k, 1, False, True)
         fields |= {"src": Buffer(np.ones((1, k), np.float32)), "weight": weight}
-        fields |= {"k": k, "eps": 1e-5, "count": Step.n_tok}
-        run(level, Op("norm", Norm, fields), n_tok=1)
+        fields |= {"k": k, "group": k, "n_weight": k, "eps": 1e-5, "gain": 1.0, "count": Step.n_tok}
+        bias = Buffer(np.ones(k, np.float32), before_a_forbidden_page)
+        run(level, Op("norm:rms", Norm, fields), n_tok=1)
+        run(level, Op("norm:layer", Norm, fields | {"bias": bias}), n_tok=1)
 
 
 def in_a_child(what: str) -> subprocess.CompletedProcess[str]:

@@ -45,7 +45,7 @@ def down(
     own = {"w": Buffer(raw), "out": sums, "h": Buffer(wide), "h_stride": N_FF, "n": n, "row_bytes": raw.shape[1]}
     own |= {"list": Buffer(rows.astype(np.int32)), "choice": choice(len(rows)), "parts": parts}
     own["ahead"] = options.get("ahead", 6)
-    add = Op("add_parts", AddParts, {"sums": sums, "out": out, "n": n, "parts": parts})
+    add = Op("add_parts", AddParts, {"sums": sums, "out": out, "add": 1, "n": n, "parts": parts})
     run(level, Op(f"down:{kind}", Down, own), add, n_threads=n_threads, n_tok=n_tok)
     return np.array(out.array)
 
@@ -160,7 +160,10 @@ def test_parts_are_added_in_order(level: str) -> None:
         for parts in (1, 4, 16):
             sums = rng.integers(-1000, 1000, (parts, n_tok, n)).astype(np.float32)
             x = rng.integers(-1000, 1000, (n_tok, n)).astype(np.float32)
-            out = Buffer(x)
-            fields = {"sums": Buffer(sums), "out": out, "n": n, "parts": parts}
-            run(level, Op("add_parts", AddParts, fields), n_threads=2, n_tok=n_tok)
-            np.testing.assert_array_equal(out.array, x + sums.sum(axis=0))
+            bias = rng.integers(-1000, 1000, n).astype(np.float32)
+            for add, biased in ((1, False), (0, False), (1, True), (0, True)):
+                out = Buffer(x)
+                fields = {"sums": Buffer(sums), "out": out, "add": add, "n": n, "parts": parts}
+                fields["bias"] = Buffer(bias) if biased else 0
+                run(level, Op("add_parts", AddParts, fields), n_threads=2, n_tok=n_tok)
+                np.testing.assert_array_equal(out.array, add * x + sums.sum(axis=0) + biased * bias)

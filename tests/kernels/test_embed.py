@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import naive
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from kernel_harness import FLOATS, LEVELS, PLAIN, TYPES, Array, Buffer, Op, dequantize, magnitude, run, weights
 
-from hotcold.runtime.cpu.layout import Embed
+from hotcold.runtime.cpu.layout import Embed, Step
 
 MINIMA = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 
 
-def embed(level: str, kind: str, raw: Array, ids: list[int], k: int, n_threads: int = 1) -> Array:
-    out = Buffer.full((len(ids), k))
-    op = Op(f"embed:{kind}", Embed, {"w": Buffer(raw), "out": out, "k": k, "row_bytes": raw.shape[1]})
-    run(level, op, n_threads=n_threads, n_tok=len(ids), ids=Buffer(np.array(ids, np.int32)))
+def embed(
+    level: str, kind: str, raw: Array, ids: list[int], k: int, n_threads: int = 1, gain: float = 1.0, to: Any = None
+) -> Array:
+    """float32 (len(ids), k). to: what the rows are added to; they are those of positions then."""
+    out = Buffer.full((len(ids), k)) if to is None else Buffer(to)
+    fields = {"w": Buffer(raw), "out": out, "k": k, "row_bytes": raw.shape[1], "gain": gain}
+    fields |= {"at": Step.ids if to is None else Step.positions, "add": int(to is not None)}
+    rows, others = Buffer(np.array(ids, np.int32)), Buffer(np.zeros(len(ids), np.int32))
+    step = {"ids": rows, "positions": others} if to is None else {"ids": others, "positions": rows}
+    run(level, Op(f"embed:{kind}", Embed, fields), n_threads=n_threads, n_tok=len(ids), **step)
     return np.array(out.array)
 
 
@@ -34,6 +42,18 @@ def test_rows(level: str, kind: str) -> None:
                 assert (np.abs(got - dequantize(kind, raw)[ids]) <= 2e-7 * magnitude(kind, raw)[ids]).all()
             else:
                 np.testing.assert_array_equal(got, dequantize(kind, raw)[ids])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_gains_and_positions(level: str, kind: str) -> None:
+    rng = np.random.default_rng(4)
+    k = 33 if kind in FLOATS else 32 if kind in PLAIN else 256
+    raw, ids = weights(kind, 9, k, rng), [8, 0, 3, 3]
+    rows, x = embed(level, kind, raw, ids, k), rng.standard_normal((4, k), np.float32)
+    np.testing.assert_allclose(embed(level, kind, raw, ids, k, 2, gain=12.0), rows * np.float32(12), rtol=2e-7)
+    added = embed(level, kind, raw, ids, k, 2, gain=0.5, to=x)
+    np.testing.assert_allclose(added, x + rows * np.float32(0.5), rtol=3e-7, atol=1e-7 * np.abs(rows).max())
 
 
 @pytest.mark.parametrize("level", LEVELS)

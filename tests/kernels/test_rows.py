@@ -107,6 +107,16 @@ def test_long_rows_are_fetched_in_two_steps(level: str) -> None:
                 np.testing.assert_array_equal(got, all_rows(level, kind, raw, x)[:, rows])
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_biases_are_those_of_the_neurons(level: str) -> None:
+    rng = np.random.default_rng(8)
+    raw, x = weights("Q8_0", N, 64, rng), inputs("Q8_0", 3, 64, rng)
+    bias = rng.standard_normal(N, np.float32)
+    for rows in lists(rng):
+        got = listed_rows(level, "Q8_0", raw, x, rows, bias=Buffer(bias))
+        np.testing.assert_array_equal(got, listed_rows(level, "Q8_0", raw, x, rows) + bias[rows])
+
+
 @pytest.mark.parametrize("name", naive.ACTIVATIONS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_activated_rows(level: str, name: str) -> None:

@@ -15,19 +15,20 @@ from kernel_harness import LEVELS, Array, Buffer, Op, Tape, choice, exact_activa
 from hotcold.runtime.cpu.layout import TILE_MIN, AddParts, Choice, Down, MatMul, Norm, Pack, Rows, Select, Step
 
 K, N, MOST = 96, 50, 12
+NORM = {"k": K, "group": K, "n_weight": K, "eps": 1e-5, "gain": 1.0}
 
 
 def chain(x: Buffer, out: Buffer) -> list[Op]:
     """x -> norm -> matmul into `out` -> pack of `out` -> matmul over x: each op reads what the one before wrote."""
     rng = np.random.default_rng(1)
     first, second = packed(K, MOST, True, False), packed(N, MOST, False, True)
-    norm = {"src": x, "weight": Buffer.full(K, value=1), "k": K, "eps": 1e-5, "count": Step.n_tok, **first}
+    norm = {"src": x, "weight": Buffer.full(K, value=1), **NORM, "count": Step.n_tok, **first}
     common = {"bias": 0, "count": Step.n_tok, "add": 0, "chunk": 8, "panels": 1}
     down, up = weights("Q4_0", N, K, rng), weights("F32", K, N, rng)
     sizes = {"k": K, "n": N, "out_stride": N, "row_bytes": down.shape[1]}
     back = {"k": N, "n": K, "out_stride": K, "row_bytes": up.shape[1]}
     return [
-        Op("norm", Norm, norm),
+        Op("norm:rms", Norm, norm),
         Op("matmul:Q4_0", MatMul, {"w": Buffer(down), "out": out, **common, **sizes, **_arrays(first)}),
         pack_op(out, second),
         Op("matmul:F32", MatMul, {"w": Buffer(up), "out": x, **common, **back, **_arrays(second)}),
@@ -140,7 +141,7 @@ class FFN:
         into |= {"chunk": 8, "panels": 1, **_arrays(normed)}
         listed_rows = {"k": K, "row_bytes": 4 * K, "out_stride": n, "parts": 8, "ahead": 3}
         few = {"k": n, "stride": n, "count": Step.n_tok, "segment": 16, "second": up}
-        norm = {"src": x, "weight": Buffer.full(K, value=1), "k": K, "eps": 1e-5, "count": Step.n_tok, **normed}
+        norm = {"src": x, "weight": Buffer.full(K, value=1), **NORM, "count": Step.n_tok, **normed}
         rule = {"low": math.inf, "high": math.inf, "top": 1e-38, "limit": self.limit}
         select = {"src": gate, "n": n, "picked": picked, **rule, **chosen}
         up_rows = {"w": Buffer(self.up), "out": up, **listed_rows, **chosen, **_arrays(normed)}
@@ -152,13 +153,13 @@ class FFN:
             return Op(kernel, layout, fields, state, sparse, barrier)
 
         return [
-            Op("norm", Norm, norm),
+            Op("norm:rms", Norm, norm),
             Op("matmul:F32", MatMul, {**into, "w": Buffer(self.gate), "out": gate}),
             Op("select:gates", Select, select),
             branch(1, "rows:F32", Rows, up_rows),
             branch(1, "activate:relu", Pack, {**few, "src": picked, "choice": state}),
             branch(1, "down:F32", Down, add),
-            branch(1, "add_parts", AddParts, {"sums": sums, "out": x, "n": K, "parts": self.parts}, False),
+            branch(1, "add_parts", AddParts, {"sums": sums, "out": x, "add": 1, "n": K, "parts": self.parts}, False),
             branch(0, "matmul:F32", MatMul, {**into, "w": Buffer(self.up), "out": up}),
             branch(0, "activate:relu", Pack, {**few, "src": gate, **hidden}),
             branch(0, "matmul:F32", MatMul, {**back, "w": Buffer(self.down), "out": x}),
