@@ -91,7 +91,8 @@ class _Decoder:
             return
         tensor = f"blk.{layer}.{name}"
         eps = self.eps if reads == "x" else self.config.norm_eps
-        how: dict[str, str | float] = {"bias": self._bias(tensor), "function": self.config.norm, "eps": eps, "group": group}
+        how: dict[str, str | float] = {"bias": self._bias(tensor), "function": self.config.norm}
+        how |= {"eps": eps, "group": group}
         self._add("norm", reads, to, f"{tensor}.weight", unit, layer=layer, **how)
 
     def _attention(self, layer: int, unit: str) -> None:
