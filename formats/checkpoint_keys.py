@@ -232,7 +232,10 @@ class _Rope:
         self.tensors: dict[str, NDArray[np.float32]] = {}
         self.notes: list[str] = []
         part = said.number(*ROTATED_PART)
-        self.base = said.number(*ROPE_BASE) or 10000.0
+        base = said.number(*ROPE_BASE)
+        self.base = 10000.0 if base is None else base
+        if self.base < 2.0:
+            raise said.error(said.find(ROPE_BASE)[0], self.base, "a number from 2")
         self.dim = int(head_dim * (1.0 if part is None else part))
         if not 0 < self.dim <= head_dim or self.dim % 2:
             raise said.error(said.find(ROTATED_PART)[0], part, f"a part of {head_dim} that is an even number")

@@ -18,7 +18,7 @@ from ..formats.checkpoint import HFCheckpoint
 from ..formats.checkpoint_card import file_name
 from ..formats.checkpoint_tensors import Source
 from ..formats.config import ModelConfig
-from ..formats.errors import FormatError, StorageError
+from ..formats.errors import FormatError, StorageError, UnsupportedError
 from ..formats.gguf import GGUFFile
 from ..formats.gguf_header import show
 from ..formats.pages import forget
@@ -79,8 +79,7 @@ def convert(
             encoder = stack.enter_context(Encoder(n_threads, say))
         with replacing(path, "name a file that can be written there") as part:
             _write(checkpoint, part, mix, plan, encoder, progress)
-            with GGUFFile(part) as file:
-                config = ModelConfig.from_gguf(file)
+            config = _config(checkpoint, part)
     forget(path)
     return Converted(path, config, mix, (*checkpoint.notes, *notes))
 
@@ -128,6 +127,9 @@ def _write(
         assert writer.fout is not None
         file = writer.fout[0]
         writer.write_padding(file, file.tell())
+        file.flush()
+        os.truncate(part, file.tell() + sum(size + -size % writer.data_alignment for size in sizes))
+        _config(checkpoint, part)  # before hours are spent on the weights
         done, total = 0, sum(sizes)
         for source, kind in plan:
             for piece in _pieces(checkpoint.folder, source, kind, encoder):
@@ -139,6 +141,18 @@ def _write(
         os.fsync(file.fileno())
     finally:
         writer.close()
+
+
+def _config(checkpoint: HFCheckpoint, part: Path) -> ModelConfig:
+    """The file as hotcold reads it; what it refuses came from config.json."""
+    said = checkpoint.folder / "config.json"
+    try:
+        with GGUFFile(part) as file:
+            return ModelConfig.from_gguf(file)
+    except FormatError as error:
+        raise FormatError(said, error.field, error.got, error.wanted) from None
+    except UnsupportedError as error:
+        raise UnsupportedError(str(error).replace(str(part), str(said))) from None
 
 
 def _pieces(folder: Path, source: Source, kind: GGMLType, encoder: Encoder | None) -> Iterator[NDArray[np.uint8]]:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from hotcold.formats import checkpoint_tensors
 from hotcold.formats.architectures import ARCHITECTURES
+from hotcold.formats.checkpoint import HFCheckpoint
 from hotcold.formats.errors import HotcoldError, ParameterError, StorageError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.solver.convert import convert
@@ -470,6 +471,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         settings(rope_scaling={"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}),
         "8 numbers",
     ),
+    "no base": (settings(rope_theta=0), "'rope_theta'"),
+    "what the engine has not": (
+        settings(rope_scaling={"rope_type": "linear", "factor": 1e9}),
+        "config.json: key 'llama.rope.scaling.factor': got 1000000000.0",
+    ),
     "quantised": (settings(quantization_config={"quant_method": "gptq"}), "a quantised checkpoint"),
     "tied as text": (settings(tie_word_embeddings="yes"), "true or false"),
     "output is missing": (settings(tie_word_embeddings=False), "'lm_head.weight': got no such tensor"),
@@ -532,6 +538,25 @@ def test_weights_beyond_f16(tmp_path: Path) -> None:
 def test_unknown_type(tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="'q9_9', wanted one of F32, F16"):
         convert(LLAMA, tmp_path / "out.gguf", "q9_9")
+
+
+def test_odd_values_are_one_line_each(tmp_path: Path) -> None:
+    """Every setting of three families, with values of the wrong kind or size."""
+    odd = [None, -1, 0, 3, 1e308, 1e-320, "x", [], {}, [[1]], True, float("nan"), float("inf"), 2**63, "\n\x1b[0m"]
+    outcomes = set()
+    for family in ("llama-rope3-bias", "gemma3", "phi3-longrope"):
+        folder = copied(FOLDER / family, tmp_path / family)
+        plain = json.loads((folder / "config.json").read_text())
+        for name in [name for name in plain if name not in ("torch_dtype", "transformers_version")]:
+            for value in odd:
+                (folder / "config.json").write_text(json.dumps({**plain, name: value}))
+                try:
+                    HFCheckpoint(folder).close()
+                    outcomes.add("read")
+                except HotcoldError as error:
+                    assert str(error).isprintable()
+                    outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
 
 
 # ---- all or nothing ---------------------------------------------------------------------------------------------
