@@ -82,8 +82,9 @@ FUSED: Mapping[str, tuple[tuple[str, str], ...]] = {
 class Architecture:
     """What tells one architecture from another; whatever a file says itself (KV keys) is taken from there.
 
-    required: tensors of every model and block. optional: groups that a file has or has not. ffn: alternatives, of which
-    a file has one. norm: "rms" or "layer". rope: "norm" turns pairs (2i, 2i+1), "neox" (i, i + rope_dim/2), "" nothing.
+    models: what it is known for. required: tensors of every model and block. optional: groups that a file has or has
+    not. ffn: alternatives, of which a file has one. norm: "rms" or "layer". rope: "norm" turns pairs (2i, 2i+1), "neox"
+    (i, i + rope_dim/2), "" nothing.
     gated: h = act(gate) * up, or else act(up). parallel: attention and FFN read the same residual: "yes", "key" (the
     file's use_parallel_residual says, by default so), "no ffn_norm" (where that is missing), or "".
     window_every: each n-th layer has no sliding window (1: none has one); 0: all have. local_base: rope base of layers
@@ -94,6 +95,7 @@ class Architecture:
     """
 
     name: str
+    models: str
     required: Group
     optional: tuple[Group, ...]
     ffn: tuple[Group, ...]

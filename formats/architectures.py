@@ -56,9 +56,9 @@ _GEMMA_NAMES = llama_names(
 ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
     for row in (
-        # Llama 1-3, Mistral, Mixtral, SmolLM2, TinyLlama, Yi, ReLU-Llama: their files all say "llama".
         Architecture(
             "llama",
+            "Llama 1 to 3, Mistral, Mixtral, SmolLM2, TinyLlama, Yi, ReLU-Llama",
             _LLAMA,
             (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS, GATED_BIAS),
             (GATED, EXPERTS),
@@ -70,6 +70,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         # SJTU's Bamboo is Mistral with ReLU on gate and up; only PowerInfer's llama.cpp names it.
         Architecture(
             "bamboo",
+            "Bamboo",
             _LLAMA,
             (OUTPUT, ROPE_FREQS),
             (GATED,),
@@ -79,6 +80,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "qwen2",
+            "Qwen2, Qwen2.5",
             both(_LLAMA, QKV_BIAS),
             (OUTPUT, ROPE_FREQS),
             (GATED,),
@@ -86,6 +88,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "qwen3",
+            "Qwen3",
             both(_LLAMA, HEAD_NORMS),
             (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS),
             (GATED,),
@@ -93,6 +96,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "qwen3moe",
+            "Qwen3 MoE",
             both(_LLAMA, HEAD_NORMS),
             (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS),
             (EXPERTS,),
@@ -104,6 +108,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "olmoe",
+            "OLMoE",
             both(_LLAMA, WHOLE_NORMS),
             (OUTPUT,),
             (EXPERTS,),
@@ -112,6 +117,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "gemma2",
+            "Gemma 2",
             both(_LLAMA, POST_NORMS),
             (OUTPUT,),
             (GATED,),
@@ -133,6 +139,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "gemma3",
+            "Gemma 3 (text)",
             both(_LLAMA, POST_NORMS, HEAD_NORMS),
             (OUTPUT,),
             (GATED,),
@@ -154,6 +161,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "phi3",
+            "Phi-3, Phi-3.5, Phi-4",
             both(OUTPUT_NORM, ATTN_NORM, FUSED_QKV, OUT, FFN_NORM),
             (OUTPUT, ROPE_FACTORS),
             (FUSED_GATED,),
@@ -166,6 +174,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         # OPT has no place in llama.cpp; PowerInfer's names are used, its two unused first positions are left out.
         Architecture(
             "opt",
+            "OPT",
             both(_LAYER_BLOCK, POSITIONS),
             (OUTPUT, *_ALL_BIASES),
             (UP_DOWN,),
@@ -200,6 +209,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         # Falcon-7B has one norm for attention and FFN; of two, attn_norm is the FFN's.
         Architecture(
             "falcon",
+            "Falcon 7B, 11B, 40B, 180B",
             both(_LAYER_NORMS, FUSED_QKV, OUT),
             (OUTPUT, SECOND_NORM, FUSED_QKV_BIAS, OUT_BIAS, UP_DOWN_BIAS),
             (UP_DOWN,),
@@ -234,6 +244,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "gpt2",
+            "GPT-2",
             both(_TWO_LAYER_NORMS, POSITIONS, FUSED_QKV, FUSED_QKV_BIAS, OUT, OUT_BIAS, UP_DOWN_BIAS),
             (OUTPUT,),
             (UP_DOWN,),
@@ -268,6 +279,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "gptneox",
+            "GPT-NeoX, Pythia",
             both(_TWO_LAYER_NORMS, FUSED_QKV, OUT, UP_DOWN_BIAS),
             (OUTPUT, FUSED_QKV_BIAS, OUT_BIAS),
             (UP_DOWN,),
@@ -299,6 +311,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "starcoder2",
+            "StarCoder2",
             _LAYER_BLOCK,
             (OUTPUT, *_ALL_BIASES),
             (UP_DOWN,),
@@ -316,6 +329,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         # StableLM 2 12B has no ffn_norm: it is parallel, with one norm.
         Architecture(
             "stablelm",
+            "StableLM, StableLM 2",
             both(_LAYER_NORMS, QKV, OUT),
             (OUTPUT, QKV_BIAS, both(FFN_NORM, FFN_NORM_BIAS), OWN_HEAD_NORMS),
             (GATED,),
@@ -332,6 +346,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "olmo2",
+            "OLMo 2",
             both(OUTPUT_NORM, QKV, OUT, WHOLE_NORMS, POST_NORMS),
             (OUTPUT,),
             (GATED,),
@@ -345,6 +360,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "granite",
+            "Granite 3",
             _LLAMA,
             (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS, GATED_BIAS),
             (GATED,),
@@ -354,6 +370,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "nemotron",
+            "Nemotron 3, 4, Minitron",
             _LAYER_BLOCK,
             (OUTPUT, *_ALL_BIASES),
             (UP_DOWN,),
@@ -369,6 +386,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "arcee",
+            "Arcee AFM",
             _LLAMA,
             (OUTPUT, ROPE_FREQS, *_ALL_BIASES),
             (UP_DOWN,),

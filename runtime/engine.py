@@ -186,6 +186,23 @@ class Engine:
                 kept[part] = logits
         return logits if kept is None else kept
 
+    def eval_batch(self, batch: Seq[tuple[Sequence, Seq[int] | np.ndarray]]) -> np.ndarray:
+        """Append tokens to several sequences in one step; the logits of each one's last token.
+
+        batch: different sequences, each with at least one token id; at most MAX_OUTPUTS sequences and MICRO_BATCH
+        tokens. Returns float32 [len(batch), n_vocab]; the next call may overwrite it. Errors as of eval.
+        """
+        self._check_open()
+        given = [(sequence, self._tokens(ids)) for sequence, ids in batch]
+        n_tok = sum(len(tokens) for _, tokens in given)
+        if not 0 < len(given) <= MAX_OUTPUTS or len({id(sequence) for sequence, _ in given}) < len(given):
+            raise ParameterError(f"batch: got {len(given)} sequences, wanted 1 to {MAX_OUTPUTS} different ones")
+        if n_tok > MICRO_BATCH:
+            raise ParameterError(f"batch: got {n_tok} tokens, wanted at most {MICRO_BATCH} in one step")
+        for sequence, tokens in given:
+            sequence.reserve(len(tokens))
+        return self._executor.run(given, np.cumsum([len(tokens) for _, tokens in given]) - 1)
+
     def observe(self, sequence: Sequence, ids: Seq[int] | np.ndarray, see: Observer) -> None:
         """Append tokens to a sequence as eval does, and show every layer's FFN at work instead of logits.
 

@@ -21,17 +21,21 @@ TOLERANCE = 1e-3
 Prompts = list[tuple[np.ndarray, np.ndarray]]
 
 
-def in_turn(engine: Engine, prompts: Prompts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(logits, expected) of prompts that are evaluated by one token each in turn."""
+def one_by_one(engine: Engine, family: Family) -> np.ndarray:
+    """The prompt's logits, evaluated by one token each."""
+    with closing(engine.new_sequence()) as sequence:
+        return np.concatenate([engine.eval(sequence, [id]).copy() for id in family.prompt])
+
+
+def together(engine: Engine, prompts: Prompts, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(logits, expected) of each step of a batch: `first` tokens of every prompt, then one each until they end."""
     sequences = [engine.new_sequence() for _ in prompts]
-    rows: list[list[np.ndarray]] = [[] for _ in prompts]
-    for position in range(max(len(ids) for ids, _ in prompts)):
-        for i, (ids, _) in enumerate(prompts):
-            if position < len(ids):
-                rows[i].append(engine.eval(sequences[i], ids[position : position + 1])[0].copy())
-    for i, (_, expected) in enumerate(prompts):
-        sequences[i].close()
-        yield np.stack(rows[i]), expected
+    for start, end in [(0, first), *((i, i + 1) for i in range(first, max(len(ids) for ids, _ in prompts)))]:
+        going = [i for i, (ids, _) in enumerate(prompts) if start < len(ids)]
+        logits = engine.eval_batch([(sequences[i], prompts[i][0][start:end]) for i in going])
+        yield logits, np.stack([prompts[i][1][min(end, len(prompts[i][0])) - 1] for i in going])
+    for sequence in sequences:
+        sequence.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=[family.name for family in FAMILIES])
@@ -43,8 +47,9 @@ def test_logits(family: Family, tmp_path: Path, request: pytest.FixtureRequest) 
         with closing(engine.new_sequence()) as sequence:
             whole = engine.eval(sequence, family.prompt, all_logits=True).copy()
         assert relative_error(whole, family.logits) < TOLERANCE
+        assert relative_error(one_by_one(engine, family), family.logits) < TOLERANCE
         # The cache of a context of 16 has room for one sequence only.
-        together = [family.batch] if family.n_ctx > 16 else [[pair] for pair in family.batch]
-        for prompts in [[(family.prompt, family.logits)], *together]:
-            for got, expected in in_turn(engine, prompts):
-                assert relative_error(got, expected) < TOLERANCE
+        for batch in [family.batch] if family.n_ctx > 16 else [[pair] for pair in family.batch]:
+            for first in (1, 5):  # row by row, and three prompts in one tile
+                for got, expected in together(engine, batch, first):
+                    assert relative_error(got, expected) < TOLERANCE
