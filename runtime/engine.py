@@ -94,7 +94,7 @@ class Engine:
             raise
 
     def _cpu(self, progress: Callable[[str], None] | None) -> CPUExecutor:
-        if self.plan and not self.plan.dense_from_t:
+        if self.plan and not self.plan.dense_from_t and not self.config.n_expert:
             add_down_t(self._tensors, range(self.config.n_layer), self.n_threads, progress)
         return self._lower(build(self.config, self.plan, self._ranks()), progress)
 
@@ -210,6 +210,11 @@ class Engine:
         norm [n, n_embd], the raw gate and up projections [n, n_ff], of up to MICRO_BATCH tokens at a time.
         """
         self._check_open()
+        if self.config.n_expert:
+            name = self.config.name
+            raise ParameterError(
+                f"observe: {name!r:.60} is a mixture of experts; usage.experts says how often each was chosen"
+            )
         if self.plan is not None or isinstance(self._executor, HybridExecutor):
             raise ParameterError("observe needs a dense engine: Engine(..., sparsity='dense', use_section=False)")
         tokens = self._tokens(ids)

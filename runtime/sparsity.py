@@ -109,9 +109,12 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
     """The plan for a model, or None for a dense one.
 
     auto is exact where activations have zeros, and else dense. For a model that may run exact and whose section brings
-    ffn_down_t, dense is a plan too, one that lists all neurons: so both compute with the same weights. ParameterError
-    if the model or its section does not have what the mode needs.
+    ffn_down_t, dense is a plan too, one that lists all neurons: so both compute with the same weights. Of a mixture of
+    experts, exact is dense: those that are not chosen are exactly zero. ParameterError if the model or its section does
+    not have what the mode needs.
     """
+    if config.n_expert:
+        return _mixture(wanted, config, section)
     zeros = config.activation in ZEROS
     if wanted.kind == "auto":
         wanted = Sparsity("exact" if zeros else "dense")
@@ -136,6 +139,18 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
             "sparsity: got predict, but the model has no predictors; `hotcold train-predictor` makes them"
         )
     return Plan(wanted, exact, limit, predictors.kind, predictors.input, from_section)
+
+
+def _mixture(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan | None:
+    """Of a mixture of experts: only a threshold asks for more than its router does."""
+    if wanted.kind == "predict":
+        raise ParameterError(
+            f"sparsity: got predict, but {config.name!r:.60} is a mixture of experts, whose router picks the neurons; "
+            f"wanted auto, dense, exact or threshold=D"
+        )
+    if wanted.kind == "threshold":
+        return Plan(wanted, _thresholds(wanted.density, section), config.n_ff)
+    return None
 
 
 def everything(config: ModelConfig) -> Plan:

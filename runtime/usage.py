@@ -1,14 +1,14 @@
-"""What the FFNs have done so far: active neurons, bytes of weights read, and the predictors' share of the time."""
+"""What the FFNs have done so far: active neurons, bytes of weights read, experts chosen, the predictors' time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .cpu.layout import Choice, Row
+from .cpu.layout import Choice, Routing, Row
 
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
@@ -23,8 +23,10 @@ class Usage:
     """Sums over all steps and layers of an engine; the difference of two is what happened between.
 
     steps: steps taken. places, active: (token, neuron) pairs in all, and those active; both 0 for a dense engine.
-    ffn_bytes: bytes of FFN weights read, predictors included; dense_bytes: what a dense engine would have read.
-    ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors.
+    ffn_bytes: bytes of FFN weights read, predictors and routers included; dense_bytes: what reading all weights in
+    every step would have been. ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors.
+    experts: int64 [n_layer, n_expert], how many tokens chose each expert; None where there are no experts. The active
+    neurons of a mixture are those of the chosen experts.
     """
 
     steps: int = 0
@@ -34,9 +36,11 @@ class Usage:
     dense_bytes: int = 0
     ticks: int = 0
     predictor_ticks: int = 0
+    experts: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __sub__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Usage(*(b if a is None else a if b is None else a - b for a, b in pairs))
 
     @property
     def density(self) -> float:
@@ -75,6 +79,8 @@ def usage(
 
     Bytes read on the GPU are counted as for tokens one by one.
     """
+    if config.n_expert:
+        return _mixture(tape, tensors, config, steps)
     sizes = [_sizes(tensors, layer) for layer in range(config.n_layer)]
     dense = sum(size["ffn_gate"] + size["ffn_up"] + size["ffn_down"] for size in sizes)
     if plan is None:
@@ -104,6 +110,28 @@ def usage(
     ticks = tape.rows[:, Row.ticks // 8]
     predicting = [bool(plan.predictor) and _predicts(node) for node in tape.nodes]
     return Usage(steps, places, active, read, steps * dense, int(ticks.sum()), int(ticks[predicting].sum()))
+
+
+def _mixture(tape: Tape, tensors: Tensors, config: ModelConfig, steps: int) -> Usage:
+    """The usage of a mixture of experts: of its experts, those are read that a token of the step has chosen."""
+    ticks = int(tape.rows[:, Row.ticks // 8].sum())
+    heat = np.zeros((config.n_layer, config.n_expert), np.int64)
+    if "heat" in tape.buffers:
+        heat += tape.buffers["heat"].view(np.int64).reshape(heat.shape)
+    routings = tape.buffers["routing"].view(np.int64).reshape(-1, len(Routing)) if "routing" in tape.buffers else None
+    places = active = read = dense = 0
+    for layer in range(config.n_layer):
+        names = (f"blk.{layer}.{name}.weight" for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"))
+        experts = sum(tensors.info(name).nbytes for name in names)
+        router = tensors.info(f"blk.{layer}.ffn_gate_inp.weight").nbytes
+        dense += steps * (router + experts)
+        if routings is None:
+            continue
+        own = {name: int(routings[layer, getattr(Routing, name) // 8]) for name in Routing._fields}
+        places += own["tokens"] * config.n_ff
+        active += own["pairs"] * config.expert_neurons
+        read += steps * router + own["read"] * experts // config.n_expert
+    return Usage(steps, places, active, read, dense, ticks, experts=heat)
 
 
 def _predicts(node: Node) -> bool:

@@ -92,6 +92,8 @@ def make_tiny_model(
     n_head_kv: int = 2,
     head_dim: int | None = None,
     n_ff: int = 96,
+    n_expert: int = 0,
+    n_expert_used: int = 2,
     n_vocab: int = 300,
     qtype: str = "F32",
     types: Mapping[str, str] | None = None,
@@ -113,7 +115,8 @@ def make_tiny_model(
     """Write a valid model file and return its path; the same arguments write the same bytes.
 
     qtype is the type of all matrices, `types` overrides it by tensor name; K-quants need n_embd and n_ff that
-    are multiples of 256. biases (q, k, v) default to what the architecture has; metadata adds keys as given.
+    are multiples of 256. biases (q, k, v) default to what the architecture has; metadata adds keys as given. n_expert:
+    a mixture of so many experts of n_ff neurons each (arch llama, qwen3moe or olmoe); its routers are F32.
     """
     head_dim = n_embd // n_head if head_dim is None else head_dim
     biases = arch == "qwen2" if biases is None else biases
@@ -125,6 +128,10 @@ def make_tiny_model(
     writer.add_block_count(n_layer)
     writer.add_embedding_length(n_embd)
     writer.add_feed_forward_length(n_ff)
+    if n_expert:
+        writer.add_expert_count(n_expert)
+        writer.add_expert_used_count(n_expert_used)
+        writer.add_expert_feed_forward_length(n_ff)
     writer.add_head_count(n_head)
     writer.add_head_count_kv(n_head_kv)
     writer.add_layer_norm_rms_eps(eps)
@@ -147,9 +154,12 @@ def make_tiny_model(
         kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
         getattr(writer, f"add_{kind}")(key, value)
 
-    def matrix(tensor: str, n_rows: int, n_cols: int, std: float | None = None) -> None:
+    def matrix(tensor: str, n_rows: int, n_cols: int, std: float | None = None, experts: int = 0) -> None:
         kind = GGMLQuantizationType[(types or {}).get(tensor, qtype)]
-        data = naive.random_blocks(kind, n_rows, n_cols, rng, n_cols**-0.5 if std is None else std)
+        std = n_cols**-0.5 if std is None else std
+        data = naive.random_blocks(kind, n_rows * max(1, experts), n_cols, rng, std)
+        if experts:
+            data = data.reshape(experts, n_rows, -1)
         if kind == GGMLQuantizationType.F32:
             writer.add_tensor(tensor, data.view(np.float32))
         elif kind == GGMLQuantizationType.F16:
@@ -159,6 +169,9 @@ def make_tiny_model(
 
     def vector(tensor: str, n: int, mean: float = 1.0) -> None:
         writer.add_tensor(tensor, rng.normal(mean, 0.2, n).astype(np.float32))
+
+    def router(tensor: str, n_rows: int, n_cols: int) -> None:
+        writer.add_tensor(tensor, rng.normal(0.0, 1.5 * n_cols**-0.5, (n_rows, n_cols)).astype(np.float32))
 
     n_q, n_kv = n_head * head_dim, n_head_kv * head_dim
     matrix("token_embd.weight", n_vocab, n_embd, 0.3)
@@ -170,7 +183,16 @@ def make_tiny_model(
             if biases:
                 vector(f"{blk}attn_{part}.bias", n_rows, 0.0)
         matrix(blk + "attn_output.weight", n_embd, n_q)
+        if arch in ("qwen3moe", "olmoe"):
+            vector(blk + "attn_q_norm.weight", head_dim if arch == "qwen3moe" else n_q)
+            vector(blk + "attn_k_norm.weight", head_dim if arch == "qwen3moe" else n_kv)
         vector(blk + "ffn_norm.weight", n_embd)
+        if n_expert:
+            router(blk + "ffn_gate_inp.weight", n_expert, n_embd)
+            matrix(blk + "ffn_gate_exps.weight", n_ff, n_embd, experts=n_expert)
+            matrix(blk + "ffn_up_exps.weight", n_ff, n_embd, experts=n_expert)
+            matrix(blk + "ffn_down_exps.weight", n_embd, n_ff, experts=n_expert)
+            continue
         matrix(blk + "ffn_gate.weight", n_ff, n_embd)
         matrix(blk + "ffn_up.weight", n_ff, n_embd)
         matrix(blk + "ffn_down.weight", n_embd, n_ff)

@@ -9,13 +9,15 @@ from ...formats.errors import UnsupportedError
 from ..graph import Graph, memory_of
 from ..memory import aligned
 from ..tensors import Tensors
-from .layout import KV_BLOCK, PANEL_ROWS, TILE_MIN, Choice, packed_bytes, panel_bytes
+from .layout import KV_BLOCK, PANEL_ROWS, PANEL_TOKENS, TILE_MIN, Choice, Item, Routing, packed_bytes, panel_bytes
 
 FLOATS = ("F32", "F16", "BF16")
 GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"), 32)
 GROUPS |= dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)
 BLOCKS = {kind: 256 if kind.endswith("_K") else 32 if group else 1 for kind, group in GROUPS.items()}  # weights
-MATMULS = ("matmul", "matmul_t", "rows")  # ops that read packed activations
+MATMULS = ("matmul", "matmul_t", "rows", "experts")  # ops that read packed activations
+CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
+SEGMENT = 512  # activations that a thread takes at a time
 PANEL_CACHE = 512 << 10  # bytes of unpacked weights that a thread keeps at hand (half of a common L2 cache)
 
 
@@ -23,7 +25,7 @@ class Buffers:
     """Buffers by name, made when first asked for.
 
     kinds: by memory, the types of the weights that it meets; widths: the most that is kept there. sizes: the most
-    "tokens" and "outputs" of one step.
+    "tokens" and "outputs" of one step. positions: of pairs, the most that a step has.
     """
 
     def __init__(
@@ -35,10 +37,19 @@ class Buffers:
         self.widths: dict[str, int] = {}
         for value, width in graph.widths.items():
             self.widths[memory_of(value)] = max(width, self.widths.get(memory_of(value), 0))
+        n_pairs = sizes["tokens"] * config.n_expert_used
+        self.positions = n_pairs + min(n_pairs, config.n_expert) * (PANEL_TOKENS - 1)
+        self.by_pair: set[str] = set()  # values with a row for each position
         self.kinds: dict[str, set[str]] = {}
+        self.pair_kinds: dict[str, set[str]] = {}  # of weights that meet pairs
         for node in self.nodes:
+            if node.rows == "pairs":
+                self.by_pair.update(memory_of(name) for name in node.writes)
             if node.op in MATMULS:
-                self.kinds.setdefault(memory_of(node.reads[0]), set()).add(self.kind(node.weight))
+                value, kind = memory_of(node.reads[0]), self.kind(node.weight)
+                self.kinds.setdefault(value, set()).add(kind)
+                if node.op == "experts":
+                    self.pair_kinds.setdefault(value, set()).add(kind)
         self.scratch_bytes = self._scratch()
         self.arrays["scratch"] = aligned(n_threads * self.scratch_bytes)
 
@@ -57,17 +68,22 @@ class Buffers:
         value = memory_of(value)
         if value not in self.arrays:
             n_rows = {"logits": self.sizes["outputs"], "picked": TILE_MIN}.get(value, self.sizes["tokens"])
+            n_rows = self.positions if value in self.by_pair else n_rows
             self.arrays[value] = aligned(n_rows * self.widths[value] * 4)
         return self.arrays[value].ctypes.data
 
-    def packed(self, value: str) -> dict[str, int]:
-        """Addresses of a packed value's arrays, and which of them its readers need."""
+    def packed(self, value: str, pairs: bool = False) -> dict[str, int]:
+        """Addresses of a packed value's arrays, and which of them its readers need; of pairs, those of experts."""
         value = memory_of(value)
         kinds = self.kinds.get(value, set())
+        n_rows = TILE_MIN * (self.config.n_expert_used if value in self.by_pair else 1)
+        by_pair = [kind in FLOATS for kind in self.pair_kinds.get(value, ())]
+        kinds = self.pair_kinds[value] if pairs else kinds
         out = {"quantised": int(any(k not in FLOATS for k in kinds)), "floats": int(any(k in FLOATS for k in kinds))}
         for want, quantised in (("quantised", True), ("floats", False)):
             if out[want]:
-                for name, nbytes in packed_bytes(self.widths[value], self.sizes["tokens"], quantised).items():
+                tokens = self.positions if (not quantised) in by_pair else self.sizes["tokens"]
+                for name, nbytes in packed_bytes(self.widths[value], tokens, quantised, n_rows).items():
                     key = f"{value}.{name}"
                     if key not in self.arrays:
                         self.arrays[key] = aligned(nbytes, zero=True)
@@ -88,6 +104,26 @@ class Buffers:
         if "choices" not in self.arrays:
             self.arrays["choices"] = aligned(self.config.n_layer * 8 * len(Choice), zero=True)
         return int(self.arrays["choices"].ctypes.data) + layer * 8 * len(Choice)
+
+    def routing(self, layer: int) -> dict[str, int]:
+        """What a layer's router says: its Routing record, and lists that the layers share (route.py)."""
+        n_pairs, c = self.sizes["tokens"] * self.config.n_expert_used, self.config
+        sizes = {
+            "routing": c.n_layer * 8 * len(Routing),
+            "heat": c.n_layer * 8 * c.n_expert,
+            "items": 8 * len(Item) * c.n_expert,
+            "pairs": 4 * self.positions,
+            "slots": 4 * n_pairs,
+            "weights": 4 * n_pairs,
+            "spare": 8 * c.n_expert,
+        }
+        for name, nbytes in sizes.items():
+            if name not in self.arrays:
+                self.arrays[name] = aligned(nbytes, zero=True)
+        found = {name: int(self.arrays[name].ctypes.data) for name in sizes}
+        found["routing"] += layer * 8 * len(Routing)
+        found["heat"] += layer * 8 * c.n_expert
+        return found
 
     def list(self) -> int:
         """Address of the list of active neurons, int32; layers share it."""
@@ -111,7 +147,7 @@ class Buffers:
         """Scratch bytes a thread: the largest of what any op needs."""
         c, need = self.config, max(self.widths.values()) * 4
         for node in self.nodes:
-            if node.op in ("matmul", "matmul_t"):
+            if node.op in ("matmul", "matmul_t", "experts"):
                 info = self.tensors.info(node.weight)
                 k, group = info.shape[0], GROUPS[self.kind(node.weight)]
                 if node.op == "matmul_t":

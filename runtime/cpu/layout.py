@@ -36,6 +36,11 @@ Row = record("Row", "kernel args barrier when want ticks")
 # sums over all steps so far: active (token, neuron) pairs, tokens, sparse steps, neurons in their lists, dense steps.
 Choice = record("Choice", "sparse count active tokens sparse_steps listed dense_steps unused")
 
+# The same of a layer's routing: experts with pairs of a token and one of them, and positions of those pairs, a whole
+# number of panels for each expert where tokens are many; then sums over all steps: tokens, pairs, experts with pairs.
+Routing = record("Routing", "experts positions tokens pairs read unused1 unused2 unused3")
+Item = record("Item", "expert first count")  # an expert with pairs, and their positions
+
 TILE_MIN = 8  # tokens from which on the tiled kernel is used
 PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
 PANEL_ROWS = 16  # most weight rows in a register tile
@@ -44,9 +49,13 @@ QUERY_TILE = 8  # query tokens that share one pass over the KV cache
 
 _PACKED = "xq xd xn xs xf quantised floats"
 MatMul = arguments(
-    "MatMul", "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes"
+    "MatMul",
+    "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes "
+    "routing items pairs",
 )
-Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice {_PACKED}")
+Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice routing pairs {_PACKED}")
+Route = arguments("Route", "src n n_used weights_norm here heat routing items pairs slots weights spare")
+Combine = arguments("Combine", "src out n n_used segment add slots weights")
 Select = arguments("Select", "src n low high top cut list picked choice limit")
 Rows = arguments("Rows", "w out bias k row_bytes out_stride list choice parts ahead gates threshold xq xd xn xs xf")
 Down = arguments("Down", "w out h h_stride n row_bytes list choice parts ahead")
@@ -62,12 +71,15 @@ Attention = arguments(
 )
 
 
-def packed_bytes(k: int, tokens: int, quantised: bool) -> dict[str, int]:
-    """Bytes of each packed array for up to `tokens` tokens of k activations (k a multiple of 32 if quantised)."""
+def packed_bytes(k: int, tokens: int, quantised: bool, rows: int = TILE_MIN) -> dict[str, int]:
+    """Bytes of each packed array for up to `tokens` tokens of k activations (k a multiple of 32 if quantised).
+
+    rows: the most tokens that are packed as rows.
+    """
     tokens = -(-tokens // PANEL_TOKENS) * PANEL_TOKENS
     if not quantised:
         return {"xf": tokens * k * 4}
-    lanes = min(tokens, TILE_MIN) * k
+    lanes = min(tokens, rows) * k
     return {
         "xq": tokens * k,
         "xd": max(lanes, tokens * k // 8),

@@ -13,7 +13,7 @@ from ..sparsity import gate_range
 from ..tensors import Tensors
 from . import jit
 from .assemble import Assembly, Tape
-from .buffers import GROUPS, PANEL_CACHE, Buffers, t_panels
+from .buffers import CHUNK_BYTES, GROUPS, PANEL_CACHE, SEGMENT, Buffers, t_panels
 from .layout import (
     PANEL_ROWS,
     AddParts,
@@ -29,9 +29,7 @@ from .layout import (
     Step,
     panel_bytes,
 )
-
-_CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
-_SEGMENT = 512  # activations that a thread packs at a time
+from .lower_experts import Mixture, routing
 
 
 def rows_ahead(row_bytes: int) -> int:
@@ -60,6 +58,7 @@ class _Lowering:
         nodes = self.buffers.nodes
         packing = (node for node in nodes if node.op in ("norm", "activate", "pack") and node.writes[0] != "x")
         self.prepacked = {name for node in packing for name in node.writes}
+        mixture = Mixture(self.buffers, self.emit, tensors, config, n_threads)
         lowerings: dict[str, Callable[[Node], None]] = {
             "embed": self.embed,
             "positions": self.embed,
@@ -73,6 +72,9 @@ class _Lowering:
             "select": self.select,
             "rows": self.rows,
             "down": self.down,
+            "route": mixture.route,
+            "experts": mixture.experts,
+            "combine": mixture.combine,
         }
         for node in graph.nodes:
             if node.unit == "cpu":
@@ -140,7 +142,7 @@ class _Lowering:
             k=self.widths[source],
             stride=self.widths[source],
             count=self.count(node),
-            segment=_SEGMENT,
+            segment=SEGMENT,
             **self.buffers.packed(to),
         )
 
@@ -160,15 +162,15 @@ class _Lowering:
                 k=self.widths[value],
                 stride=self.widths[value],
                 count=self.count(node),
-                segment=_SEGMENT,
+                segment=SEGMENT,
                 **self.buffers.packed(value),
             )
         return source, {key: at for key, at in self.buffers.packed(value).items() if key.startswith("x")}
 
     def activate(self, node: Node) -> None:
         """act(first read) * up, if it is read too, over the first; 0 where a predictor's scores, if read, are low."""
-        source, *others = (name for name in node.reads if not name.startswith("active."))
-        fields: dict[str, Any] = {}
+        source, *others = (name for name in node.reads if not name.startswith(("active.", "routed")))
+        fields: dict[str, Any] = routing(self.buffers, node, "routing pairs") if node.rows == "pairs" else {}
         if memory_of(node.writes[-1]) == "h":
             self.activations.append(len(self.assembly.ops))
         for other in others:
@@ -191,7 +193,7 @@ class _Lowering:
             k=self.widths[source],
             stride=self.widths[source],
             count=self.count(node),
-            segment=_SEGMENT,
+            segment=SEGMENT,
             threshold=float(node.threshold),
             **fields,
         )
@@ -200,7 +202,7 @@ class _Lowering:
         kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
         k, n = info.shape[0], info.n_rows
         source, packed = self.packed(node)
-        per_chunk = max(_CHUNK_BYTES // info.row_size, -(-n // (self.n_threads * 8)))
+        per_chunk = max(CHUNK_BYTES // info.row_size, -(-n // (self.n_threads * 8)))
         panels = max(1, min(PANEL_CACHE // panel_bytes(k, GROUPS[kind]), -(-n // (PANEL_ROWS * self.n_threads * 4))))
         self.emit(
             f"matmul:{kind}",

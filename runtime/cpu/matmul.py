@@ -27,10 +27,10 @@ from .weights import inline
 def build(family: str, variant: str) -> Any:
     """The kernel of a weight type: the loops around its product."""
     p = product(variant)
-    return kernel(p, _fill(p))
+    return kernel(p, rows_fill(p))
 
 
-def _fill(p: Product) -> Any:
+def rows_fill(p: Product) -> Any:
     """(w, row bytes, first row, panels, rows, quants, scales, minima, spare, k): unpack rows into panels."""
     unpack, quantised, rows, wide = p.unpack, p.group > 0, LANES, WIDE
     scale_bytes = 4 * LANES // p.group if p.group else 0
@@ -49,12 +49,15 @@ def _fill(p: Product) -> Any:
     return fill
 
 
-def kernel(p: Product, fill: Any, few: bool = True) -> Any:
-    """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows."""
-    row_dot, multiply, quantised, group = p.row_dot, p.multiply, p.group > 0, p.group
-    rows, tokens, tile_min, wide, lanes, ahead = LANES, TOKENS, TILE_MIN, WIDE, LANES, AHEAD
+def slab(p: Product, fill: Any) -> tuple[Any, Any]:
+    """What kernels of many tokens share: `put` one output, and multiply some rows of a matrix with all tokens.
+
+    The second: (args, tile, w, first row, row panels, xq, xd, xs, xf, out, tokens); xs: of the sums, those that the
+    type's groups need; tile: the address of the thread's scratch.
+    """
+    multiply, quantised, group = p.multiply, p.group > 0, p.group
+    rows, tokens, wide, lanes = LANES, TOKENS, WIDE, LANES
     args_of = MatMul
-    sums_by_16 = group == 16
     scale_bytes = 4 * LANES // group if group else 0  # of the scales, a weight column
 
     @inline
@@ -66,6 +69,60 @@ def kernel(p: Product, fill: Any, few: bool = True) -> Any:
         if i64_at(args + args_of.add) != 0:
             value += f32_at(out)
         put_f32(out, value)
+
+    @inline
+    def write_tile(args, tile_at, out, stride, r0, n, t0, n_tok):
+        bias, add = i64_at(args + args_of.bias), i64_at(args + args_of.add)
+        for t in range(min(tokens, n_tok - t0)):
+            target = out + ((t0 + t) * stride + r0) * 4
+            if r0 + rows <= n:
+                v = load_f32(tile_at + t * wide, lanes)
+                if bias != 0:
+                    v = v + load_f32(bias + r0 * 4, lanes)
+                if add != 0:
+                    v = v + load_f32(target, lanes)
+                store(target, v)
+            else:
+                for r in range(n - r0):
+                    put(args, target + r * 4, r0 + r, f32_at(tile_at + t * wide + r * 4))
+
+    @inline
+    def tiles(args, tile_at, w, first, here, xq, xd, xs, xf, out, n_tok):
+        k, n = i64_at(args + args_of.k), i64_at(args + args_of.n)
+        row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
+        panels = i64_at(args + args_of.panels)
+        quants = tile_at + tokens * wide
+        scales = quants + panels * k * rows
+        minima = scales + panels * k * scale_bytes
+        spare = minima + panels * k * scale_bytes
+        fill(w, row_bytes, first, here, n, quants, scales, minima, spare, k)
+        for t0 in range(0, n_tok, tokens):
+            p = t0 // tokens
+            for g in range(here):
+                if quantised:
+                    tile = multiply(
+                        quants + g * k * rows,
+                        scales + g * k * scale_bytes,
+                        minima + g * k * scale_bytes,
+                        xq + p * k * tokens,
+                        xd + p * (k // 32) * tokens * 4,
+                        xs + p * (k // group) * tokens * 4,
+                        k,
+                    )
+                else:
+                    tile = multiply(quants + g * k * wide, 0, 0, xf + p * k * tokens * 4, 0, 0, k)
+                tile_store(tile_at, tile, wide)
+                write_tile(args, tile_at, out, stride, first + g * rows, n, t0, n_tok)
+
+    return put, tiles
+
+
+def kernel(p: Product, fill: Any, few: bool = True) -> Any:
+    """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows."""
+    row_dot, quantised, sums_by_16 = p.row_dot, p.group > 0, p.group == 16
+    rows, tile_min, ahead = LANES, TILE_MIN, AHEAD
+    args_of = MatMul
+    put, tiles = slab(p, fill)
 
     @inline
     def by_rows(args, n_tok, turn):
@@ -96,63 +153,19 @@ def kernel(p: Product, fill: Any, few: bool = True) -> Any:
         return n_chunks
 
     @inline
-    def write_tile(args, tile_at, out, stride, r0, n, t0, n_tok):
-        bias, add = i64_at(args + args_of.bias), i64_at(args + args_of.add)
-        for t in range(min(tokens, n_tok - t0)):
-            target = out + ((t0 + t) * stride + r0) * 4
-            if r0 + rows <= n:
-                v = load_f32(tile_at + t * wide, lanes)
-                if bias != 0:
-                    v = v + load_f32(bias + r0 * 4, lanes)
-                if add != 0:
-                    v = v + load_f32(target, lanes)
-                store(target, v)
-            else:
-                for r in range(n - r0):
-                    put(args, target + r * 4, r0 + r, f32_at(tile_at + t * wide + r * 4))
-
-    @inline
     def by_tiles(args, n_tok, ith, turn):
-        w, out, k, n = (
-            i64_at(args + args_of.w),
-            i64_at(args + args_of.out),
-            i64_at(args + args_of.k),
-            i64_at(args + args_of.n),
-        )
-        row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
+        w, out, n = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.n)
         panels = i64_at(args + args_of.panels)
         xq, xd, xf = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xf)
         xs = i64_at(args + args_of.xn) if sums_by_16 else i64_at(args + args_of.xs)
         tile_at = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
-        quants = tile_at + tokens * wide
-        scales = quants + panels * k * rows
-        minima = scales + panels * k * scale_bytes
-        spare = minima + panels * k * scale_bytes
         n_chunks = (n + panels * rows - 1) // (panels * rows)
         while True:
             first = take(args, turn, n_chunks) * panels * rows
             if first < 0:
                 break
             here = min(panels, (n - first + rows - 1) // rows)
-            fill(w, row_bytes, first, here, n, quants, scales, minima, spare, k)
-            for t0 in range(0, n_tok, tokens):
-                p = t0 // tokens
-                for g in range(here):
-                    if quantised:
-                        x_sums = xs + p * (k // group) * tokens * 4
-                        tile = multiply(
-                            quants + g * k * rows,
-                            scales + g * k * scale_bytes,
-                            minima + g * k * scale_bytes,
-                            xq + p * k * tokens,
-                            xd + p * (k // 32) * tokens * 4,
-                            x_sums,
-                            k,
-                        )
-                    else:
-                        tile = multiply(quants + g * k * wide, 0, 0, xf + p * k * tokens * 4, 0, 0, k)
-                    tile_store(tile_at, tile, wide)
-                    write_tile(args, tile_at, out, stride, first + g * rows, n, t0, n_tok)
+            tiles(args, tile_at, w, first, here, xq, xd, xs, xf, out, n_tok)
             finish(args)
         return n_chunks
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import TILE_MIN, Choice, Pack
-from .loads import f32_at, f64_at, i64_at, load_f32, put_f32, store, store_dwords
+from .layout import TILE_MIN, Choice, Pack, Routing
+from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, store, store_dwords
 from .products import TOKENS
 from .simd import hmax, hsum, narrow_i8, part, round_to_i32, splat_f32, splat_i32, to_f32, vabs, where_less
 from .tape import finish, take
@@ -14,7 +14,7 @@ from .vector import LANES
 from .vmath import gate
 from .weights import inline
 
-_tile_min, _tokens, _lanes = TILE_MIN, TOKENS, LANES
+_tokens = TOKENS
 
 
 @inline
@@ -28,9 +28,8 @@ def quantise(src):
 
 
 @inline
-def pack_span(src, begin, end, k, t, n_tok, xq, xd, xn, xs, xf, quantised, floats):
-    """Pack activations begin..end of token t, read from `src` (the address of activation 0)."""
-    rows = n_tok < _tile_min
+def pack_span(src, begin, end, k, t, rows, xq, xd, xn, xs, xf, quantised, floats):
+    """Pack activations begin..end of token t, read from `src` (the address of activation 0), into rows or panels."""
     panel, lane = t // _tokens, t % _tokens
     if quantised != 0:
         for i in range(begin, end, 32):
@@ -94,15 +93,22 @@ def build(family: str, variant: str) -> Any:
     """`pack`: src as it is. `activate:NAME`: act(src) * second, gate and up; without a second, act(src).
 
     Neurons that the sparse rules leave out become 0, so that a dense step gives what a sparse one would. With a choice,
-    the arrays hold only the listed neurons.
+    the arrays hold only the listed neurons. With a routing there is a row for each pair instead of each token:
+    `activate` finds it at the pair's position, and `pack` takes the token's, where tokens are many.
     """
-    args_of, choice_of = Pack, Choice
+    args_of, choice_of, routing_of, tile_min = Pack, Choice, Routing, TILE_MIN
     activate = family == "activate"
     lanes = LANES
     neurons = neuron(variant or "relu")
 
     def pack(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
+        as_rows = n_tok < tile_min
+        routing, pairs = i64_at(args + args_of.routing), i64_at(args + args_of.pairs)
+        if routing != 0:
+            n_tok = i64_at(routing + routing_of.positions)
+            if not activate and as_rows:
+                n_tok = 0  # the tokens' own rows serve their pairs
         src, second = i64_at(args + args_of.src), i64_at(args + args_of.second)
         k, stride, segment = i64_at(args + args_of.k), i64_at(args + args_of.stride), i64_at(args + args_of.segment)
         threshold = f64_at(args + args_of.threshold)
@@ -123,6 +129,13 @@ def build(family: str, variant: str) -> Any:
             begin = (c % parts) * segment
             end = min(begin + segment, k)
             row = src + t * stride * 4
+            if pairs != 0:
+                token = i32_at(pairs + t * 4)
+                if token < 0:
+                    finish(args)
+                    continue
+                if not activate:
+                    row = src + token * stride * 4
             if activate:
                 # In place: the gate projection is not needed again.
                 other = second + t * stride * 4 if second != 0 else 0
@@ -140,7 +153,7 @@ def build(family: str, variant: str) -> Any:
                     mask = score + at if score != 0 else 0
                     put_f32(row + at, hsum(neurons(row + at, up, mask, cut + at, threshold, 1)))
                     i += 1
-            pack_span(row, begin, end, k, t, n_tok, xq, xd, xn, xs, xf, quantised, floats)
+            pack_span(row, begin, end, k, t, as_rows, xq, xd, xn, xs, xf, quantised, floats)
             finish(args)
         return n_chunks
 

@@ -170,7 +170,7 @@ def test_the_engines_scratch_is_enough(level: str, kind: str) -> None:
     tensors = Tensors()
     tensors.add("t", (n, k), GGMLType[kind], raw.reshape(-1))
     graph = Graph([Node("matmul_t", ("h", "x"), ("x",), "t")], {"h": k, "x": n})
-    heads: Any = SimpleNamespace(head_dim_k=64, head_dim_v=64)
+    heads: Any = SimpleNamespace(head_dim_k=64, head_dim_v=64, n_expert=0, n_expert_used=0)
     need = Buffers(graph, tensors, heads, 1, {"tokens": 8, "outputs": 1}).scratch_bytes
     scratch = Buffer.full(need, np.uint8, 0xFF)
     got = multiply_t(level, kind, raw, x, n, scratch=scratch, scratch_bytes=need)  # which checks the bytes behind it

@@ -65,8 +65,8 @@ def test_the_dip_below_zero_counts_as_deep_as_it_is(name: str, depth: float) -> 
 # --- plans ---
 
 
-def config(activation: str) -> Any:
-    return SimpleNamespace(activation=activation, n_layer=N_LAYER, n_ff=N_FF, name="m")
+def config(activation: str, n_expert: int = 0) -> Any:
+    return SimpleNamespace(activation=activation, n_layer=N_LAYER, n_ff=N_FF, name="m", n_expert=n_expert)
 
 
 class Section:
@@ -173,3 +173,16 @@ def test_modes_that_are_none(mode: str) -> None:
 def test_modes_are_read_generously() -> None:
     assert Sparsity.parse(" Exact\n") == Sparsity("exact")
     assert Sparsity.parse("THRESHOLD=5e-1") == Sparsity("threshold", 0.5)
+
+
+def test_plans_of_a_mixture_of_experts() -> None:
+    """The experts that are not chosen are exactly zero, so that exact is dense, whatever the activation is."""
+    thresholds = Thresholds(np.array([0.5], np.float32), np.full((1, N_LAYER), 0.25, np.float32))
+    for activation in ("relu", "silu"):
+        for mode in ("auto", "dense", "exact"):
+            assert plan(Sparsity.parse(mode), config(activation, 8), Section(True)) is None
+        for section in (None, Section(kind="relu", input="ffn_norm")):
+            with pytest.raises(ParameterError, match="got predict, but 'm' is a mixture of experts, whose router"):
+                plan(Sparsity.parse("predict"), config(activation, 8), section)
+        wanted = Plan(Sparsity("threshold", 0.5), (0.25,) * N_LAYER, N_FF)
+        assert plan(Sparsity.parse("threshold=0.5"), config(activation, 8), Section(thresholds=thresholds)) == wanted
