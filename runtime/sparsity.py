@@ -88,7 +88,11 @@ def _gelu(x: float) -> float:
     return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-_GATES = {"silu": _silu, "gelu": _gelu}
+def _gelu_erf(x: float) -> float:
+    return 0.5 * x * math.erfc(-x / math.sqrt(2))
+
+
+_GATES = {"silu": _silu, "gelu": _gelu, "gelu_erf": _gelu_erf}
 
 
 @cache
