@@ -206,8 +206,9 @@ class Engine:
     def observe(self, sequence: Sequence, ids: Seq[int] | np.ndarray, see: Observer) -> None:
         """Append tokens to a sequence as eval does, and show every layer's FFN at work instead of logits.
 
-        see(layer, x, gate, up) gets float32 views that are valid during the call only: the residual before the FFN's
-        norm [n, n_embd], the raw gate and up projections [n, n_ff], of up to MICRO_BATCH tokens at a time.
+        see(layer, x, f, gate, up) gets float32 views that are valid during the call only: the residual that the FFN
+        adds to, what it reads of it (normed) [n, n_embd], the raw gate and up projections [n, n_ff], of up to
+        MICRO_BATCH tokens at a time. An FFN without a gate shows the up projection as its gate, and ones as up.
         """
         self._check_open()
         if self.config.n_expert:

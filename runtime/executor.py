@@ -19,9 +19,10 @@ from .memory import aligned
 from .rope_table import rope_tables
 from .tensors import Tensors
 
-# Called with a layer's number, the residual before its FFN's norm [n_tok, n_embd], and the raw gate and up projections
-# [n_tok, n_ff], all float32 and valid only during the call. Without a gate, that of up is in its place and up is 1.
-Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray], None]
+# Called with a layer's number, the residual that its FFN adds to and what it reads (normed) [n_tok, n_embd], and the raw
+# gate and up projections [n_tok, n_ff], all float32 and valid only during the call. Without a gate, that of up is in its
+# place and up is 1.
+Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 # Sequences, and the tokens (int32) that each shall be given.
 Batch = Seq[tuple[Sequence, np.ndarray]]
 
@@ -125,9 +126,10 @@ class CPUExecutor:
 
     def _walk_by_layer(self, n_tok: int, see: Observer) -> None:
         """One step that halts before each FFN's activation."""
-        names = ("x", "gate", "up" if self._gated else "gate")
+        normed = "f" if "f" in self.tape.buffers else "x"  # it has no norm of its own
+        names = ("x", normed, "gate", "up" if self._gated else "gate")
         values = [self.tape.buffers[name].view(np.float32) for name in names]
-        widths = (self._n_embd, self._n_ff, self._n_ff)
+        widths = (self._n_embd, self._n_embd, self._n_ff, self._n_ff)
         ends = [*self.tape.activations, len(self.tape.rows)]
         begin, layer = 0, 0
         try:
@@ -135,10 +137,10 @@ class CPUExecutor:
                 self.walk(begin, end)
                 begin = end
                 if end < len(self.tape.rows):
-                    x, gate, up = (
+                    x, f, gate, up = (
                         v[: n_tok * width].reshape(n_tok, width) for v, width in zip(values, widths, strict=True)
                     )
-                    see(layer, x, gate, up if self._gated else np.broadcast_to(np.float32(1), gate.shape))
+                    see(layer, x, f, gate, up if self._gated else np.broadcast_to(np.float32(1), gate.shape))
         except BaseException:
             for end in ends[layer:]:  # all rows must have been walked equally often
                 if begin < end:

@@ -1,4 +1,4 @@
-"""When a neuron counts as active, in NumPy: the rules of the run-time modes."""
+"""What neurons do, in NumPy: when one counts as active (the rules of the run-time modes), and what it adds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError
+from ..formats.gguf import GGUFFile
 
 RELUS = ("relu", "relu2", "drelu")  # of these, gates up to zero give exactly zero
 
@@ -23,6 +25,17 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     return np.float32(0.5) * x * (1 + np.tanh(inner))
 
 
+def _gelu_erf(x: np.ndarray) -> np.ndarray:
+    """x * Phi(x), by Abramowitz and Stegun's 7.1.26 as the kernels have it: absolute error below 2e-7 |x|."""
+    z = np.abs(x) * np.float32(math.sqrt(0.5))
+    t = 1 / (np.float32(0.3275911) * z + 1)
+    tail = np.zeros_like(t)
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = (tail + np.float32(factor)) * t
+    tail *= np.exp(-z * z) * np.float32(0.5)  # 1 - Phi(|x|)
+    return x * np.where(x < 0, tail, 1 - tail)
+
+
 def _relu(x: np.ndarray) -> np.ndarray:
     return np.maximum(x, np.float32(0))
 
@@ -30,10 +43,17 @@ def _relu(x: np.ndarray) -> np.ndarray:
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": _silu,
     "gelu": _gelu,
+    "gelu_erf": _gelu_erf,
     "relu": _relu,
     "relu2": lambda x: np.square(_relu(x)),
     "drelu": _relu,
 }
+
+
+def projections(config: ModelConfig) -> tuple[str, ...]:
+    """Names of the matrices that a neuron's input meets: the one that decides whether it is active, then the other."""
+    names = ("ffn_gate", "ffn_up") if config.gated else ("ffn_up",)
+    return tuple(f"{name}_exps" for name in names) if config.n_expert else names
 
 
 def hidden(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -41,9 +61,30 @@ def hidden(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     return ACTIVATIONS[activation](gate) * (_relu(up) if activation == "drelu" else up)
 
 
+def post_norm(file: GGUFFile, config: ModelConfig, layer: int) -> float:
+    """What a norm makes of the FFN's output before it is added, as a sum of squares; 0 where there is none."""
+    if not config.has("post_ffw_norm.weight"):
+        return 0.0
+    return float(np.square(file.dequantized(f"blk.{layer}.post_ffw_norm.weight")).sum())
+
+
+def energy(h: np.ndarray, down_norms: np.ndarray, post: float) -> np.ndarray:
+    """What each neuron adds to the residual, squared, float32 [n_tok, n_ff], as if ffn_down's columns were orthogonal.
+
+    h: what meets ffn_down. down_norms: float32 [n_ff], the lengths of its columns. post: as post_norm says.
+    """
+    added: np.ndarray = np.square(h * down_norms)
+    if post:
+        added *= np.float32(post) / np.maximum(added.sum(axis=1, keepdims=True), np.float32(1e-30))
+    return added
+
+
 @dataclass(frozen=True)
 class Rule:
-    """`exact`: the gate is above zero; with a density: |act(gate)| is above the layer's threshold for it."""
+    """`exact`: the gate is above zero; with a density: |act(gate)| is above the layer's threshold for it.
+
+    Of an FFN without a gate, the up projection is meant.
+    """
 
     activation: str
     density: float | None = None

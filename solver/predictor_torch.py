@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .torch_model import fastest_dtype
+from .torch_model import ACTIVATIONS, fastest_dtype
 
 BATCH = 1024
 RATE = 2e-3  # in units of the typical weight, see train
@@ -19,27 +19,26 @@ _SHIFT = 3.0  # standard deviations by which the middle is lifted, so that relu 
 _RIDGE = 1e-4
 _STRONGEST = 8.0  # how many times the weight of an average active neuron a strong one may have
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "drelu": F.relu,
-}
+_ACTIVATIONS = ACTIVATIONS | {"drelu": F.relu}
 
 
 @dataclass(frozen=True)
 class FFN:
     """A layer's weights: gate and up [n_ff, n_embd]; down_norms [n_ff], the lengths of ffn_down's columns.
 
-    limit: the threshold of |act(gate)| above which a neuron is active; None: where its gate is above zero.
+    Without a gate, up is in its place and None. limit: the threshold of |act(gate)| above which a neuron is active;
+    None: where its gate is above zero. gate_bias, up_bias: [n_ff]. post: what a norm makes of the output
+    (neurons.post_norm), or 0.
     """
 
     gate: Tensor
-    up: Tensor
+    up: Tensor | None
     down_norms: Tensor
     activation: str
     limit: float | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    post: float = 0.0
 
     def see(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """(active bool, energy float32) [n_tok, n_ff] for normed inputs [n_tok, n_embd] and residuals' squares [n_tok].
@@ -47,16 +46,26 @@ class FFN:
         Energy is a neuron's squared output over that of the token's residual after the layer, taking outputs as
         orthogonal: a few tokens have values so large that without this no other would count beside them.
         """
-        gate, up = (x @ self.gate.T).float(), (x @ self.up.T).float()
-        up = F.relu(up) if self.activation == "drelu" else up
+        gate = _projected(x, self.gate, self.gate_bias)
         value = _ACTIVATIONS[self.activation](gate)
         active = gate > 0 if self.limit is None else value.abs() > self.limit
-        energy = (value * up * self.down_norms).square_()
-        return active, energy / (size[:, None] + energy.sum(1, keepdim=True)).clamp_min(1e-30)
+        if self.up is not None:
+            up = _projected(x, self.up, self.up_bias)
+            value = value * (F.relu(up) if self.activation == "drelu" else up)
+        energy = (value * self.down_norms).square_()
+        total = energy.sum(1, keepdim=True)
+        if self.post:
+            energy, total = energy * (self.post / total.clamp_min(1e-30)), total.new_tensor(self.post)
+        return active, energy / (size[:, None] + total).clamp_min(1e-30)
 
     def to(self, dtype: torch.dtype) -> FFN:
         """The same with matrices of another type."""
-        return FFN(self.gate.to(dtype), self.up.to(dtype), self.down_norms, self.activation, self.limit)
+        return replace(self, gate=self.gate.to(dtype), up=None if self.up is None else self.up.to(dtype))
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = (x @ weight.T).float()
+    return product if bias is None else product + bias
 
 
 @dataclass(frozen=True)
@@ -129,13 +138,14 @@ def prepare(ffn: FFN, inputs: np.ndarray, sizes: np.ndarray) -> Layer:
     mapped = gate / spread[:, None] @ (vectors * roots)
     main = torch.linalg.eigh(mapped.T @ mapped)[1].flip(1)
     a = main.T @ (vectors / roots).T
+    usually = gate @ mean if ffn.gate_bias is None else gate @ mean + ffn.gate_bias
     return Layer(
         x16,
         target,
         dtype,
         a.float(),
         (mapped @ main * _SLOPE).float(),
-        ((gate @ mean) / spread * _SLOPE).float(),
+        (usually / spread * _SLOPE).float(),
         (a @ mean).float(),
         torch.linalg.solve(moment, mean).float(),
     )

@@ -14,6 +14,7 @@ from ..formats.config import ModelConfig
 from ..formats.gguf import GGUFFile
 from ..formats.types import GGMLType
 from . import predictor, transpose
+from .neurons import post_norm, projections
 from .predictor import Choices, Prices, Trained, Truth, Weights, settle
 from .predictor_torch import FFN, Layer, device, prepare, train
 from .profile import statistics
@@ -78,7 +79,7 @@ def train_all(
 
 def _prices(file: GGUFFile, config: ModelConfig, stored: GGMLType) -> Prices:
     rank = (config.n_embd + config.n_ff) * stored.type_size / stored.block_size
-    rows = sum(file.tensors[f"blk.0.ffn_{part}.weight"].row_size for part in ("gate", "up"))
+    rows = sum(file.info(f"blk.0.{part}.weight").row_size for part in projections(config))
     down_t = transpose.down_t_type(file, config)
     return Prices(rank, rows + config.n_embd * down_t.type_size / down_t.block_size)
 
@@ -104,12 +105,22 @@ class _Layer:
         self, file: GGUFFile, config: ModelConfig, n: int, recorded: Recording, split: Split, plan: Plan
     ) -> None:
         self.n_embd, self.n_ff, self.plan = config.n_embd, config.n_ff, plan
-        gate, up, down = (
-            torch.from_numpy(file.dequantized(f"blk.{n}.ffn_{part}.weight")).to(device())
-            for part in ("gate", "up", "down")
+        def tensor(name: str) -> torch.Tensor | None:
+            found = f"blk.{n}.{name}"
+            return torch.from_numpy(file.dequantized(found)).to(device()) if config.has(name) else None
+
+        gate, down = tensor(f"{projections(config)[0]}.weight"), tensor("ffn_down.weight")
+        assert gate is not None and down is not None
+        self.ffn = FFN(
+            gate,
+            tensor("ffn_up.weight") if config.gated else None,
+            down.norm(dim=0),
+            config.activation,
+            None if plan.limits is None else float(plan.limits[n]),
+            tensor(f"{projections(config)[0]}.bias"),
+            tensor("ffn_up.bias") if config.gated else None,
+            post_norm(file, config, n),
         )
-        limit = None if plan.limits is None else float(plan.limits[n])
-        self.ffn = FFN(gate, up, down.norm(dim=0), config.activation, limit)
         self.inputs, self.sizes = recorded.inputs[n], recorded.sizes[n]
         ends = [0, *np.cumsum([split.trained, split.cuts, split.judged]).tolist()]
         self.parts = [slice(*pair) for pair in zip(ends, ends[1:], strict=False)]

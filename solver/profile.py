@@ -102,7 +102,7 @@ def count(
     n_ctx = min(N_CTX, engine.n_ctx)
     pending = np.zeros_like(kept.counts)
 
-    def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
+    def see(layer: int, x: np.ndarray, f: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
         pending[layer] += rule.active(layer, gate).sum(axis=0)
 
     saved = time.monotonic()

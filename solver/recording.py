@@ -31,7 +31,7 @@ def nbytes(config: ModelConfig, tokens: int) -> int:
 class Recording:
     """inputs[layer]: float16 [n_tok, n_embd], the normed inputs of that layer's FFN, in a file that goes with close().
 
-    sizes[layer]: float32 [n_tok], the sum of squares of the residual before the norm.
+    sizes[layer]: float32 [n_tok], the sum of squares of the residual that it adds to.
     folder: where the temporary file is made, by default the system's. StorageError where it does not fit.
     """
 
@@ -53,16 +53,12 @@ class Recording:
         self, engine: Engine, corpus: Corpus, progress: Callable[[int], object] = lambda tokens: None
     ) -> None:
         """Record a corpus after what is there already; progress is called with the tokens recorded in all."""
-        config = engine.config
-        norms = [engine.file.dequantized(f"blk.{n}.ffn_norm.weight") for n in range(config.n_layer)]
         done = 0
 
-        def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
-            size = np.square(x).sum(axis=1)
-            root = np.sqrt(size / np.float32(x.shape[1]) + np.float32(config.norm_eps))
+        def see(layer: int, x: np.ndarray, f: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
             at = slice(self.tokens + done, self.tokens + done + len(x))
-            self.inputs[layer, at] = np.clip(x / root[:, None] * norms[layer], -_HALF_MAX, _HALF_MAX)
-            self.sizes[layer, at] = size
+            self.inputs[layer, at] = np.clip(f, -_HALF_MAX, _HALF_MAX)
+            self.sizes[layer, at] = np.square(x).sum(axis=1)
 
         for window in corpus.windows(min(N_CTX, engine.n_ctx)):
             sequence = engine.new_sequence()

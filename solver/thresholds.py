@@ -19,7 +19,7 @@ from ..formats.section_file import Contents, SectionTensor
 from ..formats.types import GGMLType
 from . import transpose
 from .corpus import N_CTX, Corpus
-from .neurons import ACTIVATIONS, Rule, hidden
+from .neurons import ACTIVATIONS, Rule, energy, hidden, post_norm, projections
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
@@ -37,8 +37,7 @@ _BISECTIONS = 60
 class Histograms:
     """Over all tokens: count[layer, bin] of neurons, and error[layer, bin], the squared error of dropping them.
 
-    The error of one neuron is (h |down_j|)^2 over the mean square of the token's residual, as if the columns of
-    ffn_down were orthogonal.
+    The error of one neuron is its energy (neurons.energy) over the mean square of the token's residual.
     """
 
     count: np.ndarray
@@ -54,13 +53,14 @@ def collect(
 ) -> Histograms:
     """Run the corpus; down_norms: float32 [n_layer, n_ff], the length of each neuron's column of ffn_down."""
     config = engine.config
+    post = [post_norm(engine.file, config, layer) for layer in range(config.n_layer)]
     found = Histograms(np.zeros((config.n_layer, _BINS), np.int64), np.zeros((config.n_layer, _BINS)))
 
-    def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
+    def see(layer: int, x: np.ndarray, f: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
         size = np.abs(ACTIVATIONS[config.activation](gate))
         bins = _bins(size).ravel()
         found.count[layer] += np.bincount(bins, minlength=_BINS)
-        error = np.square(hidden(config.activation, gate, up) * down_norms[layer])
+        error = energy(hidden(config.activation, gate, up), down_norms[layer], post[layer])
         error /= np.square(x).mean(axis=1, keepdims=True) + np.float32(1e-12)
         found.error[layer] += np.bincount(bins, error.ravel(), _BINS)
 
@@ -160,23 +160,23 @@ def contents(wanted: Sequence[float], values: np.ndarray) -> Contents:
 
 @dataclass(frozen=True)
 class Reads:
-    """Bytes of FFN weights that one token reads: gate always, up and down for active neurons only."""
+    """Bytes of FFN weights that one token reads: `always`, and the others for active neurons only."""
 
-    gate: int
-    up: int
-    down_t: int
+    always: int
+    others: int
     dense: int
 
     def at(self, density: float) -> float:
         """Bytes at a share of active neurons."""
-        return self.gate + density * (self.up + self.down_t)
+        return self.always + density * self.others
 
 
 def reads(file: GGUFFile, config: ModelConfig, kind: GGMLType | None = None) -> Reads:
     """Of all layers together; kind: of ffn_down_t, see transpose.contents."""
     layers = range(config.n_layer)
-    gate, up, down = (
-        sum(file.tensors[f"blk.{n}.ffn_{part}.weight"].nbytes for n in layers) for part in ("gate", "up", "down")
+    first, *second = (
+        sum(file.info(f"blk.{n}.{part}.weight").nbytes for n in layers) for part in projections(config)
     )
+    down = sum(file.info(f"blk.{n}.ffn_down.weight").nbytes for n in layers)
     down_t = sum(tensor.nbytes for tensor in transpose.contents(file, config, kind).tensors)
-    return Reads(gate, up, down_t, gate + up + down)
+    return Reads(first, sum(second) + down_t, first + sum(second) + down)

@@ -17,6 +17,7 @@ from ..runtime.rope_table import RopeTable
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
 }

@@ -51,7 +51,7 @@ def check_type(name: str, config: ModelConfig) -> GGMLType:
 
 def down_t_type(file: GGUFFile, config: ModelConfig) -> GGMLType:
     """That of ffn_down where it is a float, else Q8_0: to quantise again in few bits loses something."""
-    kind = file.tensors["blk.0.ffn_down.weight"].type
+    kind = file.info("blk.0.ffn_down.weight").type
     if kind in _FLOATS:
         return kind
     return GGMLType.Q8_0 if config.n_embd % GGMLType.Q8_0.block_size == 0 else GGMLType.F16

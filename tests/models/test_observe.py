@@ -29,11 +29,12 @@ def test_it_shows_residual_gate_and_up(tiny_model: Callable[..., Path], n_tok: i
     oracle.forward(IDS[:n_tok])
     seen: list[int] = []
 
-    def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
+    def see(layer: int, x: np.ndarray, normed: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
         seen.append(layer)
         f = oracle.__dict__["inputs"][layer]
         got = naive.rmsnorm(x.astype(np.float64), oracle.tensors[f"blk.{layer}.ffn_norm.weight"], oracle.eps)
         np.testing.assert_allclose(got, f, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(normed, f, rtol=1e-3, atol=1e-3)
         for name, value in (("gate", gate), ("up", up)):
             np.testing.assert_allclose(value, f @ oracle.tensors[f"blk.{layer}.ffn_{name}.weight"].T, atol=3e-3)
 

@@ -30,7 +30,7 @@ def test_neurons_are_active_at_the_rate(tmp_path: Path, kind: str, active: float
     counts = np.zeros((2, 1024))
     with Engine(path, n_ctx=256, sparsity="dense", use_section=False) as engine:
 
-        def see(layer: int, x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
+        def see(layer: int, x: np.ndarray, f: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
             counts[layer] += (gate > 0).sum(axis=0)
 
         engine.observe(engine.new_sequence(), IDS, see)

@@ -44,7 +44,7 @@ class Seen:
         self.size, self.error = [], []
         for layer in range(engine.config.n_layer):
             shown = zip(*(engine.values(int(i), layer) for i in IDS), strict=True)
-            x, gate, up = (np.array(part, np.float64) for part in shown)
+            x, _, gate, up = (np.array(part, np.float64) for part in shown)
             act = naive.ACTIVATIONS[engine.config.activation](gate)
             self.size.append(np.abs(act))
             value = naive.glu(gate, up, engine.config.activation)
