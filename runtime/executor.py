@@ -19,9 +19,9 @@ from .memory import aligned
 from .rope_table import rope_tables
 from .tensors import Tensors
 
-# Called with a layer's number, the residual that its FFN adds to and what it reads (normed) [n_tok, n_embd], and the raw
-# gate and up projections [n_tok, n_ff], all float32 and valid only during the call. Without a gate, that of up is in its
-# place and up is 1.
+# Called with a layer's number, the residual that its FFN adds to and what it reads (normed) [n_tok, n_embd], and the
+# raw gate and up projections [n_tok, n_ff], all float32 and valid only during the call. Without a gate, that of up is
+# in its place and up is 1.
 Observer = Callable[[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 # Sequences, and the tokens (int32) that each shall be given.
 Batch = Seq[tuple[Sequence, np.ndarray]]

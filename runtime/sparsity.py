@@ -122,7 +122,7 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
     zeros = config.activation in ZEROS
     if wanted.kind == "auto":
         wanted = Sparsity("exact" if zeros else "dense")
-    from_section = section is not None and section.has_down_t() and not config.n_expert
+    from_section = section is not None and section.has_down_t()
     if wanted.kind == "dense":
         same = from_section and zeros
         return everything(config) if same else None
@@ -137,11 +137,6 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
         return Plan(wanted, exact, limit, dense_from_t=from_section)
     if wanted.kind == "threshold":
         return Plan(wanted, _thresholds(wanted.density, section), limit, dense_from_t=from_section)
-    if config.n_expert:
-        raise ParameterError(
-            f"sparsity: got predict, but in a mixture of experts such as {config.name!r:.60} the router does that; "
-            f"wanted auto, dense or threshold=D"
-        )
     predictors = section.predictors() if section else None
     if predictors is None:
         raise ParameterError(

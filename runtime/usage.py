@@ -144,6 +144,8 @@ def _sizes(tensors: Tensors, layer: int) -> dict[str, int]:
     names = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "ffn_pred_a", "ffn_pred_b")
     found = {name: f"blk.{layer}.{name}.weight" for name in names}
     sizes = {name: tensors.info(full).nbytes if full in tensors else 0 for name, full in found.items()}
+    if not sizes["ffn_gate"]:  # the only projection decides
+        sizes["ffn_gate"], sizes["ffn_up"] = sizes["ffn_up"], 0
     sizes["ffn_down"] = sizes["ffn_down"] or sizes["ffn_down_t"]
     sizes["ffn_down_t"] = sizes["ffn_down_t"] or sizes["ffn_down"]  # dropped after it was split
     return sizes

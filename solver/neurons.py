@@ -52,8 +52,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def projections(config: ModelConfig) -> tuple[str, ...]:
     """Names of the matrices that a neuron's input meets: the one that decides whether it is active, then the other."""
-    names = ("ffn_gate", "ffn_up") if config.gated else ("ffn_up",)
-    return tuple(f"{name}_exps" for name in names) if config.n_expert else names
+    return ("ffn_gate", "ffn_up") if config.gated else ("ffn_up",)
 
 
 def hidden(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
