@@ -89,7 +89,7 @@ def _gelu(x: float) -> float:
 
 
 def _gelu_erf(x: float) -> float:
-    return 0.5 * x * math.erfc(-x / math.sqrt(2))
+    return 0.5 * x * math.erfc(-x / math.sqrt(2))  # erfc, because 1 + erf is rounded to nothing far below zero
 
 
 _GATES = {"silu": _silu, "gelu": _gelu, "gelu_erf": _gelu_erf}
@@ -97,7 +97,7 @@ _GATES = {"silu": _silu, "gelu": _gelu, "gelu_erf": _gelu_erf}
 
 @cache
 def _dip(activation: str) -> float:
-    """Where the activation is least: below zero both dip to one minimum, between -5 and 0, and come back."""
+    """Where the activation is least: below zero all dip to one minimum, between -5 and 0, and come back."""
     return float(min(np.linspace(-5.0, 0.0, 5001), key=_GATES[activation]))
 
 

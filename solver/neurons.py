@@ -12,6 +12,7 @@ from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError
 from ..formats.gguf import GGUFFile
 
+EXPERTS = "experts"  # the rule's name of a mixture of experts: its neurons are active where their expert is chosen
 RELUS = ("relu", "relu2", "drelu")  # of these, gates up to zero give exactly zero
 
 
