@@ -18,7 +18,6 @@ import pytest
 from families import BY_NAME, relative_error
 
 from hotcold import Engine
-from hotcold.formats.errors import ParameterError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section_file import Contents, SectionTensor, update_section
 from hotcold.formats.types import GGMLType
@@ -172,9 +171,9 @@ def test_threshold_drops_what_is_below(files: Any, tmp_path: Path, name: str, fr
 
 
 def predictors(last: Last, rng: np.random.Generator, input: str) -> tuple[Contents, np.ndarray]:
-    """Random ones, which choose about half of the last layer's neurons and all of the other layers'; their scores there.
+    """Random ones, which choose about half of the last layer's neurons and all of the others', and their scores there.
 
-    Scores are above the cut, and NaN where rounding decides.
+    Scores are less the cut, and NaN where rounding decides.
     """
     found, (n_ff, n_embd) = [], (last.h.shape[1], last.x.shape[1])
     for layer in range(last.layer + 1):
