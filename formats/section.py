@@ -47,7 +47,7 @@ class Profile:
     freq: NDArray[np.float32]
     tokens: int
     dataset: str
-    rule: str  # "exact" or "threshold=D"
+    rule: str  # "exact" or "threshold=D"; "experts" where a neuron counts when its expert is chosen
 
 
 @dataclass(frozen=True)

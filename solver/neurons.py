@@ -27,7 +27,7 @@ def _gelu(x: np.ndarray) -> np.ndarray:
 
 
 def _gelu_erf(x: np.ndarray) -> np.ndarray:
-    """x * Phi(x), by Abramowitz and Stegun's 7.1.26 as the kernels have it: absolute error below 2e-7 |x|."""
+    """x * Phi(x), by Abramowitz and Stegun's 7.1.26: absolute error below 2e-7 |x|."""
     z = np.abs(x) * np.float32(math.sqrt(0.5))
     t = 1 / (np.float32(0.3275911) * z + 1)
     tail = np.zeros_like(t)
@@ -83,16 +83,19 @@ def energy(h: np.ndarray, down_norms: np.ndarray, post: float) -> np.ndarray:
 class Rule:
     """`exact`: the gate is above zero; with a density: |act(gate)| is above the layer's threshold for it.
 
-    Of an FFN without a gate, the up projection is meant.
+    Of an FFN without a gate, the up projection is meant. by_expert: instead, its expert is chosen.
     """
 
     activation: str
     density: float | None = None
     thresholds: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # float32 [n_layer]
+    by_expert: bool = False
 
     @property
     def name(self) -> str:
         """As the section says it."""
+        if self.by_expert:
+            return EXPERTS
         return "exact" if self.density is None else f"threshold={self.density:g}"
 
     def active(self, layer: int, gate: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..formats.config import ModelConfig
 from ..formats.errors import FormatError, ParameterError, UnsupportedError
 from ..formats.gguf import GGUFFile
 
@@ -17,7 +18,7 @@ _PT_NAME = re.compile(r"activation_(\d+)\.pt")
 
 @dataclass(frozen=True)
 class Prior:
-    """freq: float32 [n_layer, n_ff] in 0..1; tokens: what it was counted on, as far as its file tells."""
+    """freq: float32 [n_layer, n_ff] in 0..1, or by expert; tokens: what it was counted on, as far as its file tells."""
 
     freq: np.ndarray
     tokens: int
@@ -31,6 +32,26 @@ def load(path: Path, n_layer: int, n_ff: int, density: float) -> Prior:
     if path.suffix == ".pt":
         return from_powerinfer(path.parent, n_layer, n_ff)
     return from_imatrix(path, n_layer, n_ff, density)
+
+
+def of_experts(path: Path, config: ModelConfig) -> Prior:
+    """How often each expert is chosen, float32 [n_layer, n_expert]: an imatrix counts the tokens of each."""
+    if path.is_dir() or path.suffix == ".pt":
+        what = f"{path}: counts of neurons do not say how often experts are chosen"
+        raise UnsupportedError(f"{what}; wanted an imatrix GGUF for a mixture of experts")
+    with GGUFFile(path) as file:
+        rows, tokens = [], 0.0
+        for layer in range(config.n_layer):
+            name = f"blk.{layer}.ffn_down_exps.weight.counts"
+            counts = _values(file, name)
+            if counts.size != config.n_expert:
+                raise FormatError(path, f"tensor '{name}'", f"{counts.size} values", f"the model's {config.n_expert}")
+            seen = float(counts.sum()) / config.n_expert_used
+            if not (seen > 0 and np.isfinite(seen) and (counts >= 0).all()):
+                raise FormatError(path, f"tensor '{name}'", "no counts", "how many tokens chose each expert")
+            rows.append(np.minimum(1.0, counts / seen))
+            tokens = max(tokens, seen)
+    return Prior(np.array(rows, np.float32), int(tokens), f"imatrix {path.name}")
 
 
 def from_imatrix(path: Path, n_layer: int, n_ff: int, density: float) -> Prior:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..formats.config import ModelConfig
 from ..formats.gguf import GGUFFile
 from ..formats.section_file import Contents, SectionTensor
 from ..formats.types import GGMLType
@@ -92,28 +93,25 @@ def kept_name(model: GGUFFile, corpus: Corpus, rule: Rule) -> str:
     return f"profile-{digest.hexdigest()[:24]}.npz"
 
 
+def counted(config: ModelConfig) -> int:
+    """What is counted in each layer: neurons, or experts."""
+    return config.n_expert or config.n_ff
+
+
 def count(
     engine: Engine, corpus: Corpus, rule: Rule, kept: Count, progress: Callable[[int], object] = lambda tokens: None
 ) -> np.ndarray:
-    """Count on from what is kept to the corpus' end; frequencies float32 [n_layer, n_ff].
+    """Count on from what is kept to the corpus' end; frequencies float32 [n_layer, counted].
 
     progress is called with the tokens counted so far. An interrupt leaves `kept` saved, for the next call to go on.
     """
     n_ctx = min(N_CTX, engine.n_ctx)
-    pending = np.zeros_like(kept.counts)
-
-    def see(layer: int, x: np.ndarray, f: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
-        pending[layer] += rule.active(layer, gate).sum(axis=0)
-
+    look = _chosen if rule.by_expert else partial(_active, rule)
     saved = time.monotonic()
     try:
         for window in corpus.windows(n_ctx, kept.tokens):
-            pending[:] = 0
-            sequence = engine.new_sequence()
-            try:
-                engine.observe(sequence, window, see)
-            finally:
-                sequence.close()
+            pending = np.zeros_like(kept.counts)
+            look(engine, window, pending)
             # in one statement: an interrupt must not come between
             kept.counts, kept.tokens = kept.counts + pending, kept.tokens + len(window)
             progress(kept.tokens)
@@ -127,6 +125,32 @@ def count(
     return (kept.counts / max(1, kept.tokens)).astype(np.float32)
 
 
+def _active(rule: Rule, engine: Engine, window: np.ndarray, counts: np.ndarray) -> None:
+    """Add how often each neuron is active in a window."""
+
+    def see(layer: int, x: np.ndarray, f: np.ndarray, gate: np.ndarray, up: np.ndarray) -> None:
+        counts[layer] += rule.active(layer, gate).sum(axis=0)
+
+    sequence = engine.new_sequence()
+    try:
+        engine.observe(sequence, window, see)
+    finally:
+        sequence.close()
+
+
+def _chosen(engine: Engine, window: np.ndarray, counts: np.ndarray) -> None:
+    """Add how often each expert is chosen in a window."""
+    before = engine.usage.experts
+    sequence = engine.new_sequence()
+    try:
+        engine.eval(sequence, window)
+    finally:
+        sequence.close()
+    after = engine.usage.experts
+    assert before is not None and after is not None
+    counts += after - before
+
+
 def mixed(prior: np.ndarray, weight: int, freq: np.ndarray, tokens: int) -> np.ndarray:
     """Frequencies of `tokens` tokens, with a prior that counts as `weight` more."""
     return ((prior.astype(np.float64) * weight + freq.astype(np.float64) * tokens) / (weight + tokens)).astype(
@@ -134,8 +158,9 @@ def mixed(prior: np.ndarray, weight: int, freq: np.ndarray, tokens: int) -> np.n
     )
 
 
-def contents(freq: np.ndarray, tokens: int, dataset: str, rule: str) -> Contents:
-    """The profile as a part of a section; freq: float32 [n_layer, n_ff]."""
+def contents(freq: np.ndarray, tokens: int, dataset: str, rule: str, per: int = 1) -> Contents:
+    """The profile as a part of a section; freq: float32 [n_layer, counted]. per: neurons of each that was counted."""
+    freq = np.repeat(freq, per, axis=1)
     tensors = [
         SectionTensor(f"blk.{layer}.ffn_act_freq", row.shape, GGMLType.F32, partial(row.view, np.uint8))
         for layer, row in enumerate(np.ascontiguousarray(freq, "<f4"))

@@ -1,4 +1,4 @@
-"""`hotcold profile`: how often each neuron of a model is active, printed by layer and kept in its section."""
+"""`hotcold profile`: how often each neuron is active, or each expert chosen, by layer, and kept in the section."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .console import note
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..formats.section_file import Contents
+    from ..formats.config import ModelConfig
     from ..runtime.engine import Engine
     from ..solver.corpus import Corpus
     from ..solver.neurons import Rule
@@ -46,10 +46,10 @@ def profile(
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Count how often each neuron is active on a text."""
+    """Count how often each neuron is active on a text, or each expert chosen."""
     import numpy as np
 
-    from ..solver import priors
+    from ..solver import neurons, priors
     from ..solver import profile as profiler
 
     if threshold is not None:
@@ -57,15 +57,17 @@ def profile(
     path = console.find_model(model)
     prior: Prior | None = None
     if imported is not None:
-        prior = _import(path, imported, threshold or DEFAULT_DENSITY)
+        prior, config = _import(path, imported, threshold or DEFAULT_DENSITY)
     if prior is not None and not texts:
         density = threshold or DEFAULT_DENSITY
         name = "exact" if prior.source.startswith("PowerInfer") else f"threshold={density:g}"
+        name = neurons.EXPERTS if config.n_expert else name
         freq, counted, dataset = prior.freq, prior.tokens, prior.source
     else:
         with console.open_engine(str(path), None, threads, "dense", use_section=False) as engine:
             corpus, rule = _prepare(engine, texts or [], tokens, threshold)
             freq, kept = _count(engine, corpus, rule)
+            config = engine.config
         counted, dataset, name = len(corpus), corpus.name, rule.name
         if prior is not None:
             weight = min(priors.PRIOR_TOKENS, prior.tokens)
@@ -83,8 +85,12 @@ def profile(
         "dead": whole.dead,
         "layers": [vars(layer) for layer in layers],
     }
+    if config.n_expert:
+        report["experts"] = [[round(float(share), 6) for share in row] for row in freq]
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
+    elif config.n_expert:
+        _print_experts(report, freq)
     else:
         _print(report, freq.shape)
     if plot is not None:
@@ -93,18 +99,13 @@ def profile(
         plot_cdf(freq, f"{path.stem}: {name} on {counted} tokens of {dataset}", plot)
         note(f"drawn to {plot}")
     if not dry_run:
-        offline.save(path, _contents(freq, counted, dataset, name), sidecar)
+        per = config.n_ff // profiler.counted(config)
+        offline.save(path, profiler.contents(freq, counted, dataset, name, per), sidecar)
     if prior is None or texts:
         kept.drop()
 
 
-def _contents(freq: np.ndarray, tokens: int, dataset: str, rule: str) -> Contents:
-    from ..solver import profile as profiler
-
-    return profiler.contents(freq, tokens, dataset, rule)
-
-
-def _import(path: Path, source: Path, density: float) -> Prior:
+def _import(path: Path, source: Path, density: float) -> tuple[Prior, ModelConfig]:
     from ..formats.config import ModelConfig
     from ..formats.errors import ModelNotFoundError
     from ..formats.gguf import GGUFFile
@@ -114,7 +115,9 @@ def _import(path: Path, source: Path, density: float) -> Prior:
         raise ModelNotFoundError(f"{source}: no such file or folder; wanted an imatrix GGUF or activation_N.pt files")
     with GGUFFile(path) as file:
         config = ModelConfig.from_gguf(file)
-    return priors.load(source, config.n_layer, config.n_ff, density)
+    if config.n_expert:
+        return priors.of_experts(source, config), config
+    return priors.load(source, config.n_layer, config.n_ff, density), config
 
 
 def _prepare(
@@ -124,7 +127,14 @@ def _prepare(
     from ..solver import corpus, neurons
 
     text = corpus.load(texts, load_tokenizer(engine.file), tokens)
+    from ..formats.errors import ParameterError
+
     activation = engine.config.activation
+    if engine.config.n_expert:
+        if threshold is not None:
+            got = f"{threshold:g} for a mixture of experts, which is counted by the experts that its router chooses"
+            raise ParameterError(f"--threshold: got {got}; wanted none")
+        return text, neurons.Rule(activation, by_expert=True)
     if threshold is None and activation in neurons.RELUS:
         return text, neurons.exact(activation)
     if threshold is None:
@@ -164,7 +174,7 @@ def _count(engine: Engine, corpus: Corpus, rule: Rule) -> tuple[np.ndarray, Any]
     file = models.home() / "partial" / profiler.kept_name(engine.file, corpus, rule)
     config = engine.config
     with models.storage_errors(models.home()):
-        kept = profiler.Count(file, config.n_layer, config.n_ff)
+        kept = profiler.Count(file, config.n_layer, profiler.counted(config))
         if kept.tokens:
             note(f"going on after {kept.tokens} tokens that were counted before")
         with offline.token_bar("counting activations, tokens", len(corpus)) as progress:
@@ -174,6 +184,20 @@ def _count(engine: Engine, corpus: Corpus, rule: Rule) -> tuple[np.ndarray, Any]
             except KeyboardInterrupt:
                 note(f"stopped after {kept.tokens} of {len(corpus)} tokens; the same command goes on from there")
                 raise
+
+
+def _print_experts(report: dict[str, Any], freq: np.ndarray) -> None:
+    """Of each layer how unevenly its experts are chosen, and the five that are chosen most often."""
+    print(f"{report['rule']} on {report['tokens']} tokens of {console.printable(report['dataset'])}")
+    print(f"{'layer':>5}  {'skew':>7}  {'never':>6}  {'least':>6}  chosen most often")
+    for number, (layer, row) in enumerate(zip(report["layers"], freq, strict=True)):
+        most = ", ".join(f"{expert} ({row[expert]:.0%})" for expert in (-row).argsort(kind="stable")[:5])
+        print(f"{number:>5}  {layer['skew']:>7.1%}  {layer['dead']:>6}  {row.min():>6.1%}  {most}")
+    n_layer, n_expert = freq.shape
+    print(
+        f"all {n_layer} layers: a token uses {report['density']:.1%} of {n_expert} experts; {report['skew']:.1%} of "
+        f"them give 80 % of the choices; {report['dead']} of {n_layer * n_expert} were never chosen"
+    )
 
 
 def _print(report: dict[str, Any], shape: tuple[int, ...]) -> None:

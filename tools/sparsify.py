@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..formats.errors import ParameterError
+from ..formats.errors import ParameterError, UnsupportedError
 from . import console, offline, options
 from .console import human_bytes, note
 
@@ -53,6 +53,9 @@ def sparsify(
     path = console.find_model(model)
     with console.open_engine(str(path), None, threads, "dense", use_section=False) as engine:
         config = engine.config
+        if config.n_expert:
+            what = f"{path}: a mixture of experts reads few of its neurons already"
+            raise UnsupportedError(f"{what}; `hotcold sparsify` is for models without experts")
         kind = transpose.check_type(down_type, config) if down_type else None
         text = corpus.load(texts or [], load_tokenizer(engine.file), tokens)
         if len(text) < MIN_TOKENS:

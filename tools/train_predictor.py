@@ -98,6 +98,9 @@ def train_predictor(
     known, held_out = text.split(min(JUDGED, int(len(text) * JUDGED_SHARE)))
     with console.open_engine(str(path), None, threads, "dense", use_section=False) as engine:
         config = engine.config
+        if config.n_expert:
+            what = f"{path}: the router of a mixture of experts says which neurons are needed"
+            raise UnsupportedError(f"{what}; `hotcold train-predictor` is for models without experts")
         plan = Plan(kind.value, recall, energy, epochs, GGMLType[stored.value], _limits(engine, threshold))
         _check_sizes(config, plan)
         note(f"{human_bytes(recording.nbytes(config, len(text)))} of FFN inputs go into a temporary file")
