@@ -90,10 +90,11 @@ def relufy(
 ) -> Report:
     """Train and write OUT; work is kept in `OUT.relufy/` until then, and taken up from there by the next call.
 
-    UnsupportedError: no PyTorch, or a model that is ReLU already; ParameterError: too little text; TrainingError:
-    losses that are no numbers; StorageError: OUT or its folder cannot be written.
+    UnsupportedError: no PyTorch, or a model that is ReLU already or of another kind; ParameterError: too little text;
+    TrainingError: losses that are no numbers; StorageError: OUT or its folder cannot be written.
     """
     config = ModelConfig.from_gguf(source)
+    check_model(source, config)
     check(config, corpus, out)
     require_torch()
     work = work_folder(out, source, corpus, recipe)
@@ -111,6 +112,34 @@ def relufy(
         forget(out)
         work.drop()
     return report
+
+
+def check_model(source: GGUFFile, config: ModelConfig) -> None:
+    """Raise UnsupportedError, which says why, for a model whose forward pass torch_model.py does not know."""
+    c = config
+    kinds = {
+        "a mixture of experts": c.n_expert > 0,
+        "an FFN without a gate": not c.gated,
+        "an FFN whose gate and up projections are one tensor": "blk.0.ffn_gate.weight" in source.rows,
+        "an FFN with biases": any(c.has(f"ffn_{part}.bias") for part in relu_file.PARTS),
+        "layer norms": c.norm != "rms",
+        "attention and FFN side by side": c.parallel,
+        "norms after attention and FFN": c.has("post_attention_norm.weight") or c.has("post_ffw_norm.weight"),
+        "norms of queries and keys": c.has("attn_q_norm.weight"),
+        "no rotary positions": c.rope_dim == 0,
+        "rotary positions that are not the same in all layers and contexts": (
+            c.local_base > 0 or c.rope_scaling.kind == "longrope"
+        ),
+        "scaled embeddings, residuals or logits": (c.embd_scale, c.residual_scale, c.logit_scale) != (1.0, 1.0, 1.0),
+        "soft caps": c.attn_softcap > 0 or c.logit_softcap > 0,
+        "attention projections in one tensor": "blk.0.attn_q.weight" in source.rows,
+    }
+    for what, there in kinds.items():
+        if there:
+            raise UnsupportedError(
+                f"{c.name!r:.60} has {what}: relufy retrains models with a gated FFN in blocks of the Llama kind "
+                f"(RMS norms before attention and FFN, rotary positions), such as Llama, Mistral and Qwen2"
+            )
 
 
 def check(config: ModelConfig, corpus: Corpus, out: Path) -> None:

@@ -50,6 +50,7 @@ def relufy(
     recipe = library.Recipe(tokens, epochs, polish, density, chat, seed)
     with GGUFFile(console.find_model(model)) as source:
         config = ModelConfig.from_gguf(source)
+        library.check_model(source, config)
         kind = relu_file.choose_type(source, config, type)
         if type is None and (own := source.tensors["blk.0.ffn_gate.weight"].type) != kind:
             note(f"the new matrices are {kind.name}, as {own.name} would cost quality; --type chooses another")
