@@ -11,7 +11,7 @@ from .architecture_terms import Architecture
 from .architectures import ARCHITECTURES
 from .checkpoint_card import general_keys
 from .checkpoint_keys import Settings, architecture_keys
-from .checkpoint_tensors import Plan, Source, dimensions, own_type
+from .checkpoint_tensors import Plan, Source, own_type, sizes_of
 from .errors import FormatError, ModelNotFoundError, UnsupportedError
 from .gguf_header import show
 from .hf_tokenizer import tokenizer_fields
@@ -41,7 +41,7 @@ class HFCheckpoint:
         tied = said.flag("tie_word_embeddings", True) if "tie_word_embeddings" in said.values else None
         self.weights = Weights(folder)
         try:
-            sizes = dimensions(own, n_vocab)
+            sizes = sizes_of(own, n_vocab)
             n_layer, rope_dim = own["block_count"], own.get("rope.dimension_count", 0)
             self.sources = Plan(self.row, self.weights, sizes, n_layer, rope_dim, tied, made).sources
             self.keys: dict[str, Any] = general_keys(folder, count(self.sources))

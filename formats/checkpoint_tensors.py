@@ -17,6 +17,7 @@ from .architecture_terms import EMBEDDING, MODEL_WIDE, Architecture, Group, Shap
 from .checkpoint_terms import IGNORED
 from .errors import FormatError, UnsupportedError
 from .gguf_header import show
+from .model_tensors import dimensions
 from .safetensors import FLOATS, Weight, Weights, to_float32
 
 _PIECE = 1 << 22  # values written at a time
@@ -62,30 +63,23 @@ class Source:
         return values + np.float32(self.offset) if self.offset else values
 
 
-def dimensions(keys: Mapping[str, Any], n_vocab: int) -> dict[str, int]:
-    """What the names of dimensions in the table of architectures stand for, by a model's keys."""
-    n_embd, n_head = keys["embedding_length"], keys["attention.head_count"]
-    n_kv, n_ff = keys["attention.head_count_kv"], keys["feed_forward_length"]
-    n_dim = keys.get("attention.key_length", n_embd // n_head)
-    n_one = keys.get("expert_feed_forward_length", n_ff)
-    return {
-        "n_embd": n_embd,
-        "n_vocab": n_vocab,
-        "n_pos": keys["context_length"],
-        "n_ff": n_ff,
-        "n_gate_up": 2 * n_ff,
-        "n_expert": keys.get("expert_count", 0),
-        "n_one": n_one,
-        "n_head": n_head,
-        "n_kv": n_kv,
-        "n_dim": n_dim,
-        "n_q": n_head * n_dim,
-        "n_k": n_kv * n_dim,
-        "n_v": n_kv * n_dim,
-        "n_qkv": (n_head + 2 * n_kv) * n_dim,
-        "n_att": n_head * n_dim,
-        "n_rot": keys.get("rope.dimension_count", 0) // 2,
-    }
+def sizes_of(keys: Mapping[str, Any], n_vocab: int) -> dict[str, int]:
+    """The dimensions that a model's keys, and its vocabulary, say."""
+    n_embd, n_head, n_expert = keys["embedding_length"], keys["attention.head_count"], keys.get("expert_count", 0)
+    one = "expert_feed_forward_length" if n_expert and "expert_feed_forward_length" in keys else "feed_forward_length"
+    head_dim = keys.get("attention.key_length", n_embd // n_head)
+    return dimensions(
+        n_embd=n_embd,
+        n_vocab=n_vocab,
+        n_pos=keys["context_length"],
+        n_one=keys[one],
+        n_expert=n_expert,
+        n_head=n_head,
+        n_kv=keys["attention.head_count_kv"],
+        key=head_dim,
+        value=head_dim,
+        rope_dim=keys.get("rope.dimension_count", 0),
+    )
 
 
 class Plan:
@@ -158,8 +152,8 @@ class Plan:
         one = expected[:-1] if stacked else expected
         stem = name.rpartition(".")[0]
         how = self.row.hf.reordered.get(stem, "")
-        parts = [text.replace("{n}", str(n)) for n in range(expected[-1])] if stacked else [text]
-        weights = tuple(self.weight(part, _stored(one, how)) for part in parts)
+        count = expected[-1] if stacked else 1
+        weights = tuple(self.weight(text.replace("{n}", str(n)), _stored(one, how)) for n in range(count))
         layout = self.layout(stem, how)
         offset = self.row.hf.norm_offset if name.endswith("norm.weight") else 0.0
         return Source(full, expected, weights, layout, offset)

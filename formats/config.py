@@ -12,7 +12,7 @@ from .architectures import lookup
 from .errors import FormatError, UnsupportedError
 from .gguf import GGUFFile
 from .gguf_header import show
-from .model_tensors import check, fused_rows, groups, unfused
+from .model_tensors import check, dimensions, fused_rows, groups, unfused
 from .powerinfer import FAMILIES, check_predictors
 
 MAX_INT = 2**31 - 1  # the largest int32: positions and token ids are of that type
@@ -339,26 +339,18 @@ class _Reader:
 
     def sizes(self, config: ModelConfig) -> dict[str, int]:
         """What the names of dimensions in the table of architectures stand for."""
-        n_q, n_k = config.n_head * config.head_dim_k, config.n_head_kv * config.head_dim_k
-        n_v = config.n_head_kv * config.head_dim_v
-        return {
-            "n_embd": config.n_embd,
-            "n_vocab": config.n_vocab,
-            "n_pos": config.n_positions,
-            "n_ff": config.n_ff,
-            "n_gate_up": 2 * config.n_ff,
-            "n_expert": config.n_expert,
-            "n_one": config.n_ff // max(1, config.n_expert),
-            "n_head": config.n_head,
-            "n_kv": config.n_head_kv,
-            "n_dim": config.head_dim_k,
-            "n_q": n_q,
-            "n_k": n_k,
-            "n_v": n_v,
-            "n_qkv": n_q + n_k + n_v,
-            "n_att": config.n_head * config.head_dim_v,
-            "n_rot": config.rope_dim // 2,
-        }
+        return dimensions(
+            n_embd=config.n_embd,
+            n_vocab=config.n_vocab,
+            n_pos=config.n_positions,
+            n_one=config.n_ff // max(1, config.n_expert),
+            n_expert=config.n_expert,
+            n_head=config.n_head,
+            n_kv=config.n_head_kv,
+            key=config.head_dim_k,
+            value=config.head_dim_v,
+            rope_dim=config.rope_dim,
+        )
 
     def check_tensors(self, config: ModelConfig, model: Group, block: Group) -> None:
         """Every tensor that the architecture needs is there in its shape, and no other is."""

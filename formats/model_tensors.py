@@ -11,6 +11,41 @@ from .gguf_header import show
 from .powerinfer import own_block
 
 
+def dimensions(
+    *,
+    n_embd: int,
+    n_vocab: int,
+    n_pos: int,
+    n_one: int,
+    n_expert: int,
+    n_head: int,
+    n_kv: int,
+    key: int,
+    value: int,
+    rope_dim: int,
+) -> dict[str, int]:
+    """What the names of dimensions in the table of architectures stand for; n_one: neurons of an expert, or of all."""
+    n_ff = n_one * max(1, n_expert)
+    return {
+        "n_embd": n_embd,
+        "n_vocab": n_vocab,
+        "n_pos": n_pos,
+        "n_ff": n_ff,
+        "n_gate_up": 2 * n_ff,
+        "n_expert": n_expert,
+        "n_one": n_one,
+        "n_head": n_head,
+        "n_kv": n_kv,
+        "n_dim": key,
+        "n_q": n_head * key,
+        "n_k": n_kv * key,
+        "n_v": n_kv * value,
+        "n_qkv": (n_head + n_kv) * key + n_kv * value,
+        "n_att": n_head * value,
+        "n_rot": rope_dim // 2,
+    }
+
+
 def groups(file: GGUFFile, row: Architecture) -> tuple[Group, Group]:
     """The model-wide and the block tensors that this file has to have: of the optional ones, those that it has one of.
 
