@@ -153,3 +153,23 @@ def test_a_type_without_kernels_is_named(tmp_path: Path) -> None:
         Engine(path)
     assert "blk.1.ffn_up.weight" in str(caught.value)
     assert "IQ4_NL" in str(caught.value)
+
+
+def test_a_bad_batch_changes_nothing(tiny_model: Make) -> None:
+    with Engine(tiny_model(), n_ctx=600, n_threads=2) as engine:
+        a, b = engine.new_sequence(), engine.new_sequence()
+        engine.eval_batch([(a, IDS[:1]), (b, IDS[:2])])
+        for batch, message in (
+            ([], "got 0 sequences, wanted 1 to 128 different ones"),
+            ([(a, [1]), (a, [2])], "got 2 sequences, wanted 1 to 128 different ones"),
+            ([(a, [1]), (b, [])], "wanted a non-empty list"),
+            ([(a, [1]), (b, [300])], "got 300"),
+            ([(a, [1] * 300), (b, [1] * 213)], "got 513 tokens, wanted at most 512 in one step"),
+        ):
+            with pytest.raises(ParameterError, match=message):
+                engine.eval_batch(batch)  # type: ignore[arg-type]
+        assert (list(a.tokens), list(b.tokens)) == (IDS[:1], IDS[:2])
+        got = engine.eval_batch([(a, IDS[1:]), (b, IDS[2:])])
+        assert got.shape == (2, engine.n_vocab) and list(a.tokens) == list(b.tokens) == IDS
+        assert np.allclose(got[0], engine.eval(engine.new_sequence(), IDS)[0], atol=1e-3)
+        assert np.allclose(got[0], got[1], atol=1e-3)
