@@ -225,9 +225,12 @@ def to_float32(raw: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return raw.astype(np.float32)
 
 
+_EXPONENT = {"BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00)}  # all of its bits set: NaN or infinite
+
+
 def finite(raw: NDArray[Any], dtype: str) -> bool:
     """Whether stored values are all finite, as float32 too."""
-    if dtype == "BF16":
-        return not bool(((raw & np.uint16(0x7F80)) == 0x7F80).any())
+    if dtype in _EXPONENT:
+        return not bool(((raw.view("<u2") & _EXPONENT[dtype]) == _EXPONENT[dtype]).any())
     with np.errstate(over="ignore"):
         return bool(np.isfinite(raw.astype(np.float32) if dtype == "F64" else raw).all())
