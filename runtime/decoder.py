@@ -189,8 +189,9 @@ class _Decoder:
         exps = "_exps" if c.n_expert else ""
         gated = {"up": "ffn_up", "gate": "ffn_gate"} if c.gated else {"gate": "ffn_up"}
         for share, n in shares.items():
-            h, scores = f"gpu.h:{n}", f"gpu.scores:{n}"
-            self.graph.widths |= {h: n, scores: n}
+            n_scores = n // c.expert_neurons if c.n_expert else n
+            h, scores = f"gpu.h:{n}", f"gpu.scores:{n_scores}"
+            self.graph.widths |= {h: n, scores: n_scores}
             if r:
                 add("matmul", r, scores, weight("ffn_pred_b.weight", share))
             if c.n_expert:

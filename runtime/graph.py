@@ -19,7 +19,7 @@ class Node:
     h); of a mixture of experts route (choose experts, and list the pairs of a token and an expert), experts (a matmul
     of each pair with its expert's matrix) and combine (sum over a token's pairs, weighted). On the GPU an FFN is ffn
     (gate, rule and up in one, `up` being the second weight), down (into parts) and merge (base + parts), and route
-    writes every neuron's weight for every token; send and fetch copy a value to and from the GPU.
+    writes the weights of a share's experts for every token; send and fetch copy a value to and from the GPU.
 
     reads, writes: names of values; a node that adds to a value reads it too, but not first. weight, bias: tensor
     names. layer: index of the block, -1 outside. rows: "tokens", "outputs" where only the positions whose logits are

@@ -30,14 +30,17 @@ def work_bytes(
     ranks: of the predictors. processors: of the GPU.
     """
     c = config
-    heads = Heads(c.n_head, c.n_head_kv, c.head_dim_k, c.head_dim_v)
+    heads = Heads(c.n_head, c.n_head_kv, c.head_dim_k, c.head_dim_v, c.attn_softcap > 0)
     row = 4 * c.n_embd + c.n_ff  # x, a, f, base, h
     row += (c.n_head + c.n_head_kv) * (c.head_dim_k + c.head_dim_v)  # q, k, v, att
+    if c.has("post_attention_norm.weight") or c.has("post_ffw_norm.weight"):
+        row += c.n_embd  # o
     if ranks:
         row += c.n_ff + sum(set(ranks))  # scores, and r of each width
+    row += 2 * c.n_expert  # router, scores
     floats = max_tokens * row + max_outputs * (c.n_vocab + c.n_embd)
     floats += part_floats(heads, max_tokens, n_ctx, processors) + down_floats(c, max_tokens)
-    floats += n_ctx * c.rope_dim + 2 * c.n_layer + 2
+    floats += n_ctx * c.rope_dim * (2 if c.local_base else 1) + 2 * c.n_layer + 2
     tables = MAX_SEQUENCES * -(-n_ctx // KV_BLOCK)
     return 4 * (floats + (STEP_FIELDS + 1) * max_tokens + tables)
 

@@ -18,31 +18,39 @@ from .attention_launch import MAX_SPLITS, SIZES, WARPS
 from .jit import WARP, Program, simulated
 from .reduce import over_block, over_lanes, wait_lanes
 
-VARIANTS = {
-    "attention": [f"{size}x{queries}" for size, choices in SIZES.items() for queries in choices],
-    "attention_merge": [""],
-}
+_SHAPES = [f"{size}x{queries}" for size, choices in SIZES.items() for queries in choices]
+VARIANTS = {"attention": [*_SHAPES, *(f"{shape}:softcap" for shape in _SHAPES)], "attention_merge": [""]}
 
 _LOW = np.float32(-1e30)  # a score that no real one goes below
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _AHEAD = 8  # loads of the cache that a thread has under way
 
 
+@cuda.jit(device=True)
+def _tanh(x):  # type: ignore[no-untyped-def]
+    """Not math.tanh, which fast mode makes an instruction with errors of 5e-4."""
+    e = np.float32(math.exp(-np.float32(2.0) * abs(x)))
+    t = (_ONE - e) / (_ONE + e)
+    return t if x >= _ZERO else -t
+
+
 def build(family: str, variant: str, lanes: int) -> Program:
-    """`attention:SIZExQUERIES` for heads of up to that size, or `attention_merge`."""
+    """`attention:SIZExQUERIES` for heads of up to that size, `:softcap` with capped scores; or `attention_merge`."""
     if family == "attention_merge":
         return _merge(1024 if lanes == WARP else lanes)
-    size, queries = (int(number) for number in variant.split("x"))
-    return _attention(size, queries, lanes)
+    shape, _, capped = variant.partition(":")
+    size, queries = (int(number) for number in shape.split("x"))
+    return _attention(size, queries, bool(capped), lanes)
 
 
-def _attention(size: int, queries: int, lanes: int) -> Program:
-    """(q, keys, values, tables, seq_of, positions, out, parts, n_head, n_kv, dim_k, dim_v, scale, window, n_tok).
+def _attention(size: int, queries: int, capped: bool, lanes: int) -> Program:
+    """(q, keys, values, tables, seq_of, positions, out, parts, *sizes, scale, softcap, window, n_tok).
 
-    q [n, n_head * dim_k]; keys and values flat, as rope leaves them; tables int32 [n_seq, max_blocks]: cache blocks of
-    each sequence; seq_of int32 [n]: the sequence of each token. Token t sees positions max(0, p - window + 1) to p =
-    positions[t] (window 0: from 0). With one split, out [n, n_head * dim_v]; with more, parts [n_tok, splits, n_head,
-    dim_v + 2]: the unnormalised output, its maximum and its sum.
+    sizes: n_head, n_kv, dim_k, dim_v. q [n, n_head * dim_k]; keys and values flat, as rope leaves them; tables int32
+    [n_seq, max_blocks]: cache blocks of each sequence; seq_of int32 [n]: the sequence of each token. Token t sees
+    positions max(0, p - window + 1) to p = positions[t] (window 0: from 0). capped: a score s is softcap * tanh(s /
+    softcap). With one split, out [n, n_head * dim_v]; with more, parts [n_tok, splits, n_head, dim_v + 2]: the
+    unnormalised output, its maximum and its sum.
     """
     # In the simulator only blocks of one row may wait within a row: there are several rows where a row is one thread.
     warps = WARPS if lanes == WARP else 2 if lanes == 1 else 1
@@ -55,8 +63,9 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
     align = None if simulated() else 16  # for loads of four
 
     def attention(
-        q, keys, values, tables, seq_of, positions, out, parts, n_head, n_kv, dim_k, dim_v, scale, window, n_tok
-    ):
+        q, keys, values, tables, seq_of, positions, out, parts,
+        n_head, n_kv, dim_k, dim_v, scale, softcap, window, n_tok,
+    ):  # fmt: skip
         panel = cuda.shared.array(panel_size, np.float32, align)  # scaled queries [dim_k][queries]
         weights = cuda.shared.array(weights_size, np.float32, align)  # [warps][KV_BLOCK][queries]
         merged = cuda.shared.array(merged_size, np.float32, align)
@@ -137,6 +146,8 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
                     best = _LOW
                     for r in range(per_lane):
                         position = b * block + lane + r * lanes
+                        if capped:
+                            score[i, r] = softcap * _tanh(score[i, r] / softcap)
                         if position < first[i] or position >= last[i]:
                             score[i, r] = _LOW
                         best = max(best, score[i, r])
@@ -207,7 +218,8 @@ def _attention(size: int, queries: int, lanes: int) -> Program:
     floats, cache, ints = types.float32[:, ::1], types.float16[::1], types.int32[::1]
     arrays = (floats, cache, cache, types.int32[:, ::1], ints, ints, floats, types.float32[:, :, :, ::1])
     sizes = (types.int32,) * 4
-    return Program(attention, (*arrays, *sizes, types.float32, types.int32, types.int32), threads)
+    numbers = types.float32, types.float32, types.int32, types.int32
+    return Program(attention, (*arrays, *sizes, *numbers), threads)
 
 
 def _merge(threads: int) -> Program:

@@ -19,12 +19,13 @@ _BLOCKS = 4  # of a processor: what hides the latency of memory
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of an attention layer."""
+    """Sizes of an attention layer; capped: its scores are."""
 
     n_head: int
     n_kv: int
     dim_k: int
     dim_v: int
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def attention_launch(heads: Heads, n_tok: int, n_ctx: int, processors: int, n_se
     longest = -(-n_ctx // (KV_BLOCK * WARPS))  # below that, some of a block's warps are idle at any position
     splits = max(1, min(-(-processors * _BLOCKS // (x * y)), longest, MAX_SPLITS))
     floats = n_tok * splits * heads.n_head * (heads.dim_v + 2) if splits > 1 else 0
-    return AttentionLaunch(f"attention:{size}x{queries}", (x, y, splits), splits, (heads.n_head, n_tok), floats)
+    name = f"attention:{size}x{queries}" + (":softcap" if heads.capped else "")
+    return AttentionLaunch(name, (x, y, splits), splits, (heads.n_head, n_tok), floats)
 
 
 def part_floats(heads: Heads, max_tokens: int, n_ctx: int, processors: int) -> int:

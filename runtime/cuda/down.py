@@ -28,6 +28,7 @@ WARPS = 8  # of a block, each with a share of its neurons; fewer where warps hav
 STRIDE = 4  # neurons that a lane looks at before its warp reads the active ones' rows
 PARTS = 2 if simulated() else 32  # at most; the simulator needs milliseconds for a block
 COLUMNS = 256  # of a block of merge
+BASE, BIAS = 1, 2  # mode of merge
 
 _1, _2, _3, _4, _5, _6, _7 = (np.uint64(n) for n in range(1, 8))
 
@@ -52,13 +53,14 @@ def merge_launch(k: int, n_tok: int) -> tuple[str, tuple[int, int]]:
 def build(family: str, variant: str, lanes: int) -> Program:
     """down, down_tile: (*W, h, parts [P, max_tokens, k], n, k, n_tok): parts[p, t] = the p-th share's sum.
 
-    merge: (base, parts, out, n_tok): out[t] = base[t] + parts[0, t] + parts[1, t] + ...; base may be out. Grids:
-    `launch` and `merge_launch`.
+    merge: (base, parts, bias [k], out, n_tok, mode): out[t] = base[t] + bias + parts[0, t] + parts[1, t] + ..., base if
+    mode has BASE, bias if it has BIAS; base may be out. Grids: `launch` and `merge_launch`.
     """
     floats, parts = types.float32[:, ::1], types.float32[:, :, ::1]
     if family == "merge":
         threads = COLUMNS if lanes == WARP else 2 * lanes
-        return Program(_merge(threads), (floats, parts, floats, types.int32), threads)
+        given = (floats, parts, types.float32[::1], floats, types.int32, types.int32)
+        return Program(_merge(threads), given, threads)
     w = array_types(variant)
     kernel = spread(_down(variant, 1 if family == "down" else TILE, lanes), len(w))
     return Program(kernel, (*w, floats, parts, *(types.int32,) * 3), _warps(lanes) * lanes)
@@ -69,11 +71,13 @@ def _warps(lanes: int) -> int:
 
 
 def _merge(threads: int) -> Any:
-    def merge(base, parts, out, n_tok):  # type: ignore[no-untyped-def]
+    def merge(base, parts, bias, out, n_tok, mode):  # type: ignore[no-untyped-def]
         t, first = cuda.blockIdx.y, cuda.blockIdx.x * COLUMNS
         if t < n_tok:
             for i in range(first + cuda.threadIdx.x, min(first + COLUMNS, parts.shape[2]), threads):
-                total = base[t, i]
+                total = base[t, i] if mode & BASE else np.float32(0.0)
+                if mode & BIAS:
+                    total += bias[i]
                 for p in range(parts.shape[0]):
                     total += parts[p, t, i]
                 out[t, i] = total

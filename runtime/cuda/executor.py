@@ -36,7 +36,7 @@ class GPUExecutor:
         device: Device,
         host: dict[str, np.ndarray],
         tokens: np.ndarray,
-        rope_table: np.ndarray,
+        rope_tables: tuple[np.ndarray, np.ndarray],
         hot: tuple[np.ndarray, ...],
         n_blocks: int,
         n_ctx: int,
@@ -49,7 +49,7 @@ class GPUExecutor:
         self._spans: list[tuple[str, Any, Any]] = []
         with device.check("loading the model"):
             self._buffers = Buffers(device, graph, config, n_blocks, n_ctx, sizes)
-            lowering = Lowering(tensors, config, device, self._buffers, rope_table, hot, n_ctx, progress)
+            lowering = Lowering(tensors, config, device, self._buffers, rope_tables, hot, n_ctx, progress)
             self._pinned: dict[str, tuple[np.ndarray, Any]] = {}
             self._launches = {
                 segment.index: [self._copy(node) or lowering.launch(node) for node in segment.nodes]

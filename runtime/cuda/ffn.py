@@ -1,7 +1,8 @@
 """The first half of an FFN, fused: gates, the activation rule, and up only for the neurons that it leaves.
 
 `ffn:GATE:UP:ACT` for one token, `ffn_tile:GATE:UP:ACT` for several, where a row is read if any token of the tile needs
-it. GATE and UP are the weights' types, ACT the activation.
+it. GATE and UP are the weights' types, ACT the activation. `ffn:GATE:ACT` is an FFN without a gate: its only projection
+is in the gate's place.
 """
 
 from __future__ import annotations
@@ -17,42 +18,53 @@ from .repack import KINDS
 from .rows import ROWS, SPLIT, TILE, four_rows, one_row, over_split, pick, pick_token, spread, tile
 from .weights import Device, array_types, device
 
-ACTIVATIONS = ("silu", "gelu", "relu", "relu2", "drelu")
+ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "drelu")
 # Any types and activation can be built; those listed are what tests compile: each type, each activation and a mix.
 _SAME = [f"{kind}:{kind}:silu" for kind in KINDS]
-_LISTED = [*_SAME, *(f"Q4_0:Q4_0:{activation}" for activation in ACTIVATIONS[1:]), "Q4_K:Q6_K:silu"]
+_ACTIVATED = [f"Q4_0:Q4_0:{activation}" for activation in ACTIVATIONS[1:]]
+_UNGATED = [*(f"{kind}:gelu" for kind in KINDS), *(f"Q4_0:{a}" for a in ACTIVATIONS if a != "gelu")]
+_LISTED = [*_SAME, *_ACTIVATED, "Q4_K:Q6_K:silu", *_UNGATED]
 VARIANTS = {"ffn": _LISTED, "ffn_tile": _LISTED}
+_ONES = (np.float32(1.0),) * 4
+SCORES, SHARES, GATE_BIAS, UP_BIAS = 1, 2, 4, 8  # mode
 
 
 def launch(gate: str, up: str, activation: str, n: int, n_tok: int) -> tuple[str, tuple[int, int]]:
-    """(kernel, grid) for n neurons and n_tok tokens: as for a matmul."""
-    name = f"{gate}:{up}:{activation}"
+    """(kernel, grid) for n neurons and n_tok tokens: as for a matmul. up: "" without a gate."""
+    name = f"{gate}:{up}:{activation}" if up else f"{gate}:{activation}"
     if n_tok == 1:
         return f"ffn:{name}", (-(-n // ROWS), 1)
     return f"ffn_tile:{name}", (-(-n // (ROWS * SPLIT)), -(-n_tok // TILE))
 
 
 def build(family: str, variant: str, lanes: int) -> Program:
-    """(*Wgate, *Wup, x, scores, cut [n], h, counts int64 [1], n, k, n_tok, use_scores, low, high, top).
+    """(*Wgate, *Wup, x, scores, cut, gate_bias, up_bias, h, counts int64 [1], n, k, n_tok, per, mode, low, high, top).
 
-    h[t, j] is the product of act(gate) and up, or 0 where neuron j is not active: where use_scores and scores[t, j] <
-    cut[j] (nothing is read then), or where gate < top and not low <= gate <= high. Other comparisons with NaN leave it
-    active. counts[0] grows by the active pairs of token and neuron. x as matmul's; grid: `launch`.
+    h[t, j] is the product of act(gate) and up, or 0 where neuron j is not active. It is active unless gate < top and
+    not low <= gate <= high; other comparisons with NaN leave it active. mode: SCORES: nor is it, and nothing is read,
+    where scores[t, j] < cut[j]. SHARES: likewise where scores[t, j // per] is 0, and h is multiplied by that.
+    GATE_BIAS, UP_BIAS: the projections have a bias [n]. Arrays that a mode does not name may be any. counts[0] grows by
+    the active pairs of token and neuron. x as matmul's; grid: `launch`. Without a gate there is no Wup, and up is 1.
     """
-    gate, up, activation = variant.split(":")
-    kernel = (_single if family == "ffn" else _tiled)(gate, up, _ACTS[activation], lanes)
-    g, u, floats = array_types(gate), array_types(up), types.float32[:, ::1]
-    given = (floats, floats, types.float32[::1], floats, types.int64[::1])
-    numbers = (*(types.int32,) * 4, *(types.float32,) * 3)
-    return Program(spread(kernel, len(g), len(u)), (*g, *u, *given, *numbers), SPLIT * lanes)
+    gate, *rest = variant.split(":")
+    up, act = rest[0] if len(rest) > 1 else "", _ACTS[rest[-1]]
+    g, floats, vector = array_types(gate), types.float32[:, ::1], types.float32[::1]
+    u = array_types(up) if up else ()
+    given = (floats, floats, vector, vector, vector, floats, types.int64[::1])
+    numbers = (*(types.int32,) * 5, *(types.float32,) * 3)
+    kernel = (_single if family == "ffn" else _tiled)(gate, up, act, lanes)
+    flat = spread(kernel, len(g), len(u)) if up else spread(kernel, len(g))
+    return Program(flat, (*g, *u, *given, *numbers), SPLIT * lanes)
 
 
 @device
-def _wanted(scores, cut, t, row, n, n_tok, use_scores):  # type: ignore[no-untyped-def]
+def _wanted(scores, cut, t, row, n, n_tok, per, mode):  # type: ignore[no-untyped-def]
     """Whether a neuron is there and its gate is to be computed."""
     if row >= n or t >= n_tok:
         return False
-    return use_scores == 0 or not scores[t, row] < cut[row]
+    if mode & SHARES and scores[t, row // per] == np.float32(0.0):
+        return False
+    return mode & SCORES == 0 or not scores[t, row] < cut[row]
 
 
 @device
@@ -60,8 +72,26 @@ def _active(g, low, high, top):  # type: ignore[no-untyped-def]
     return not (g < top and (g < low or g > high))
 
 
+@device
+def _value(h, scores, t, row, per, mode):  # type: ignore[no-untyped-def]
+    """A neuron's value, times its share where it has one."""
+    return h * scores[t, row // per] if mode & SHARES else h
+
+
+@device
+def _biased(s, bias, first, n, wanted):  # type: ignore[no-untyped-def]
+    """Four rows' products with their biases, if wanted."""
+    if wanted == 0:
+        return s
+    last = n - 1
+    return (
+        s[0] + bias[min(first, last)], s[1] + bias[min(first + 1, last)],
+        s[2] + bias[min(first + 2, last)], s[3] + bias[min(first + 3, last)],
+    )  # fmt: skip
+
+
 def _single(gate: str, up: str, act: Device, lanes: int) -> Device:
-    threads = SPLIT * lanes
+    threads, gated = SPLIT * lanes, bool(up)
     sums = over_split(lanes)
 
     def products(kind: str) -> Device:
@@ -87,38 +117,53 @@ def _single(gate: str, up: str, act: Device, lanes: int) -> Device:
 
         return needed
 
-    gates, ups = products(gate), products(up)
+    gates = products(gate)
+    ups = products(up or gate)
 
-    def ffn(  # type: ignore[no-untyped-def]
-        wg, wu, x, scores, cut, h, counts, n, k, n_tok, use_scores, low, high, top
+    @device
+    def body(  # type: ignore[no-untyped-def]
+        wg, wu, x, scores, cut, gate_bias, up_bias, h, counts, n, k, n_tok, per, mode, low, high, top
     ):
         me, first, t = cuda.threadIdx.x, cuda.blockIdx.x * ROWS, cuda.blockIdx.y
-        a = _wanted(scores, cut, t, first, n, n_tok, use_scores)
-        b = _wanted(scores, cut, t, first + 1, n, n_tok, use_scores)
-        c = _wanted(scores, cut, t, first + 2, n, n_tok, use_scores)
-        d = _wanted(scores, cut, t, first + 3, n, n_tok, use_scores)
+        row = first + me
+        mine = me < ROWS and row < n and t < n_tok
+        a = _wanted(scores, cut, t, first, n, n_tok, per, mode)
+        b = _wanted(scores, cut, t, first + 1, n, n_tok, per, mode)
+        c = _wanted(scores, cut, t, first + 2, n, n_tok, per, mode)
+        d = _wanted(scores, cut, t, first + 3, n, n_tok, per, mode)
+        if not (a or b or c or d):
+            if mine:
+                h[t, row] = np.float32(0.0)
+            return
         s = gates(wg, x, t, first, n, k, me, a, b, c, d)
-        g = sums(s[0], s[1], s[2], s[3])
+        g = _biased(sums(s[0], s[1], s[2], s[3]), gate_bias, first, n, mode & GATE_BIAS)
         a, b = a and _active(g[0], low, high, top), b and _active(g[1], low, high, top)
         c, d = c and _active(g[2], low, high, top), d and _active(g[3], low, high, top)
-        s = ups(wu, x, t, first, n, k, me, a, b, c, d)
-        u = sums(s[0], s[1], s[2], s[3])
-        if me < ROWS and first + me < n and t < n_tok:
+        if gated:
+            s = ups(wu, x, t, first, n, k, me, a, b, c, d)
+            u = _biased(sums(s[0], s[1], s[2], s[3]), up_bias, first, n, mode & UP_BIAS)
+        else:
+            u = _ONES
+        if mine:
             on = (a if me == 0 else b) if me < 2 else (c if me == 2 else d)
-            h[t, first + me] = act(pick(g, me), pick(u, me)) if on else np.float32(0.0)
+            value = np.float32(0.0)
+            if on:
+                value = _value(act(pick(g, me), pick(u, me)), scores, t, row, per, mode)
+            h[t, row] = value
         if me == 0:
             count = (1 if a else 0) + (1 if b else 0) + (1 if c else 0) + (1 if d else 0)
             if count > 0:
                 cuda.atomic.add(counts, 0, np.int64(count))
 
-    return ffn
+    return _with(body, gated)
 
 
 def _tiled(gate: str, up: str, act: Device, lanes: int) -> Device:
-    gates, ups, total = tile(gate, lanes), tile(up, lanes), over_lanes(lanes, SPLIT * lanes)
+    gates, ups, total, gated = tile(gate, lanes), tile(up or gate, lanes), over_lanes(lanes, SPLIT * lanes), bool(up)
 
-    def ffn_tile(  # type: ignore[no-untyped-def]
-        wg, wu, x, scores, cut, h, counts, n, k, n_tok, use_scores, low, high, top
+    @device
+    def body(  # type: ignore[no-untyped-def]
+        wg, wu, x, scores, cut, gate_bias, up_bias, h, counts, n, k, n_tok, per, mode, low, high, top
     ):
         lane, t = cuda.threadIdx.x % lanes, cuda.blockIdx.y * TILE
         row = (cuda.blockIdx.x * SPLIT + cuda.threadIdx.x // lanes) * ROWS
@@ -128,32 +173,56 @@ def _tiled(gate: str, up: str, act: Device, lanes: int) -> Device:
         # taken for rows of no weights.
         wanted = 0
         for i in range(lane, ROWS * TILE, lanes):
-            if _wanted(scores, cut, t + i // ROWS, row + i % ROWS, n, n_tok, use_scores):
+            if _wanted(scores, cut, t + i // ROWS, row + i % ROWS, n, n_tok, per, mode):
                 wanted += 1
         width = np.uint64(k) if total(np.float32(wanted)) > 0 else np.uint64(0)
         g = gates(wg, x, first, tokens, at, last, width, np.uint64(lane))
         active = 0
         for i in range(lane, ROWS * TILE, lanes):
             r, tok = row + i % ROWS, t + i // ROWS
-            if _wanted(scores, cut, tok, r, n, n_tok, use_scores):
+            if _wanted(scores, cut, tok, r, n, n_tok, per, mode):
                 mine = pick(pick_token(g, i // ROWS), i % ROWS)
+                if mode & GATE_BIAS:
+                    mine += gate_bias[r]
                 h[tok, r] = mine
                 if _active(mine, low, high, top):
                     active += 1
         count = total(np.float32(active))
-        width = np.uint64(k) if count > 0 else np.uint64(0)
-        u = ups(wu, x, first, tokens, at, last, width, np.uint64(lane))
+        if gated:
+            width = np.uint64(k) if count > 0 else np.uint64(0)
+            g = ups(wu, x, first, tokens, at, last, width, np.uint64(lane))
         for i in range(lane, ROWS * TILE, lanes):
             r, tok = row + i % ROWS, t + i // ROWS
             value = np.float32(0.0)
-            if _wanted(scores, cut, tok, r, n, n_tok, use_scores) and _active(h[tok, r], low, high, top):
-                value = act(h[tok, r], pick(pick_token(u, i // ROWS), i % ROWS))
+            if _wanted(scores, cut, tok, r, n, n_tok, per, mode) and _active(h[tok, r], low, high, top):
+                u = np.float32(1.0)
+                if gated:
+                    u = pick(pick_token(g, i // ROWS), i % ROWS)
+                    if mode & UP_BIAS:
+                        u += up_bias[r]
+                value = _value(act(h[tok, r], u), scores, tok, r, per, mode)
             if r < n and tok < n_tok:
                 h[tok, r] = value
         if lane == 0 and count > 0:
             cuda.atomic.add(counts, 0, np.int64(count))
 
-    return ffn_tile
+    return _with(body, gated)
+
+
+def _with(body: Device, gated: bool) -> Device:
+    """The kernel of a body, with the weights that it has."""
+
+    def ffn(  # type: ignore[no-untyped-def]
+        wg, wu, x, scores, cut, gate_bias, up_bias, h, counts, n, k, n_tok, per, mode, low, high, top
+    ):
+        body(wg, wu, x, scores, cut, gate_bias, up_bias, h, counts, n, k, n_tok, per, mode, low, high, top)
+
+    def plain(  # type: ignore[no-untyped-def]
+        wg, x, scores, cut, gate_bias, up_bias, h, counts, n, k, n_tok, per, mode, low, high, top
+    ):
+        body(wg, wg, x, scores, cut, gate_bias, up_bias, h, counts, n, k, n_tok, per, mode, low, high, top)
+
+    return ffn if gated else plain
 
 
 @device
@@ -162,16 +231,26 @@ def _relu(g):  # type: ignore[no-untyped-def]
 
 
 @device
+def _logistic(x):  # type: ignore[no-untyped-def]
+    e = np.float32(math.exp(-abs(x)))  # at most 1, whatever x
+    return (np.float32(1.0) if x >= np.float32(0.0) else e) / (np.float32(1.0) + e)
+
+
+@device
 def _silu_up(g, u):  # type: ignore[no-untyped-def]
-    e = np.float32(math.exp(-abs(g)))  # at most 1, whatever the gate
-    return g * ((np.float32(1.0) if g >= np.float32(0.0) else e) / (np.float32(1.0) + e)) * u
+    return g * _logistic(g) * u
 
 
 @device
 def _gelu_up(g, u):  # type: ignore[no-untyped-def]
-    """GELU's tanh form (arXiv:1606.08415, section 2)."""
-    inner = np.float32(math.sqrt(2 / math.pi)) * (g + np.float32(0.044715) * g * g * g)
-    return np.float32(0.5) * g * (np.float32(1.0) + np.float32(math.tanh(inner))) * u
+    """GELU's tanh form (arXiv:1606.08415, section 2); 1 + tanh(z) is twice the logistic function of 2 z."""
+    z2 = np.float32(2 * math.sqrt(2 / math.pi)) * (g + np.float32(0.044715) * g * g * g)
+    return g * _logistic(z2) * u
+
+
+@device
+def _gelu_erf_up(g, u):  # type: ignore[no-untyped-def]
+    return np.float32(0.5) * g * np.float32(math.erfc(-g * np.float32(math.sqrt(0.5)))) * u
 
 
 @device
@@ -189,4 +268,11 @@ def _drelu_up(g, u):  # type: ignore[no-untyped-def]
     return _relu(g) * _relu(u)
 
 
-_ACTS = {"silu": _silu_up, "gelu": _gelu_up, "relu": _relu_up, "relu2": _relu2_up, "drelu": _drelu_up}
+_ACTS = {
+    "silu": _silu_up,
+    "gelu": _gelu_up,
+    "gelu_erf": _gelu_erf_up,
+    "relu": _relu_up,
+    "relu2": _relu2_up,
+    "drelu": _drelu_up,
+}

@@ -18,6 +18,7 @@ WARP = 32
 # Kernel family -> the module here that builds it. A module lists the variants of its families in VARIANTS.
 FAMILIES = {
     "norm": "norm",
+    "pack": "norm",
     "matmul": "matmul",
     "matmul_tile": "matmul",
     "ffn": "ffn",
@@ -26,6 +27,7 @@ FAMILIES = {
     "down_tile": "down",
     "merge": "down",
     "rope": "rope",
+    "route": "route",
     "attention": "attention",
     "attention_merge": "attention",
     "argmax": "sample",

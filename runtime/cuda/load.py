@@ -20,6 +20,8 @@ from .executor import GPUExecutor
 if TYPE_CHECKING:
     from ...formats.section import Placement
 
+_SENT = ("x", "o", "logits")  # values that are copied between the two memories
+
 
 def load(
     segments: list[Segment],
@@ -39,7 +41,9 @@ def load(
     try:
         for rope in cpu.ropes:
             rope.upto(n_ctx)
-        host = {name: cpu.tape.buffers[name].view(np.float32) for name in ("x", "logits")}
+        global_table, local_table = (rope.table for rope in cpu.ropes)
+        buffers = cpu.tape.buffers
+        host: dict[str, np.ndarray] = {name: buffers[name].view(np.float32) for name in _SENT if name in buffers}
         gpu = GPUExecutor(
             segments,
             graph,
@@ -48,7 +52,7 @@ def load(
             device,
             host,
             cpu.tokens,
-            cpu.ropes[0].table,
+            (global_table, local_table),
             placement.hot,
             n_blocks,
             n_ctx,

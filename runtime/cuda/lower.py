@@ -15,15 +15,10 @@ from ..hot_cold import others
 from ..sparsity import gate_range
 from ..tensors import Tensors
 from ..vram import down_floats
-from . import jit
+from . import down, ffn, jit, matmul, norm
 from .attention_launch import Heads, attention_launch, part_floats
 from .buffers import Buffers
 from .device import Device
-from .down import launch as down_launch
-from .down import merge_launch, part_count
-from .ffn import launch as ffn_launch
-from .matmul import ADD, BIAS, RELU, SET
-from .matmul import launch as matmul_launch
 from .repack import KINDS, pack
 
 # Enqueues a node's kernels for so many tokens and outputs.
@@ -31,7 +26,11 @@ Launch = Callable[[int, int], None]
 
 
 class Lowering:
-    """Makes launches. hot: by layer, the neurons that `@hot` tensors have (int32, sorted). n_ctx: of a sequence."""
+    """Makes launches.
+
+    rope_tables: for layers without and with a window. hot: by layer, the neurons that `@hot` tensors have (int32,
+    sorted). n_ctx: of a sequence.
+    """
 
     def __init__(
         self,
@@ -39,7 +38,7 @@ class Lowering:
         config: ModelConfig,
         device: Device,
         buffers: Buffers,
-        rope_table: np.ndarray,
+        rope_tables: tuple[np.ndarray, np.ndarray],
         hot: tuple[np.ndarray, ...],
         n_ctx: int,
         progress: Callable[[str], None] | None = None,
@@ -47,8 +46,7 @@ class Lowering:
         self.progress, self._compiled = progress, set[str]()
         self.tensors, self.config, self.device, self.buffers = tensors, config, device, buffers
         self.hot, self.n_ctx, self.stream = hot, n_ctx, device.stream
-        self._host_table = rope_table
-        self._table: Any = None
+        self._rope_tables, self._tables = rope_tables, dict[int, Any]()
         self._attention_parts: Any = None
         self._down_parts: Any = None
         self._views: dict[tuple[int, tuple[int, ...]], Any] = {}
@@ -56,9 +54,11 @@ class Lowering:
         self._weights: dict[str, tuple[str, tuple[Any, ...], int, int]] = {}
         self._lowerings: dict[str, Callable[[Node], Launch]] = {
             "norm": self._norm,
+            "pack": self._pack,
             "matmul": self._matmul,
             "rope": self._rope,
             "attention": self._attention,
+            "route": self._route,
             "ffn": self._ffn,
             "down": self._down,
             "merge": self._merge,
@@ -113,38 +113,58 @@ class Lowering:
         values = np.ascontiguousarray(self.tensors.dequantized(base), np.float32).reshape(-1)
         return self.device.upload(values[self._ids(base, part)] if part else values)
 
+    def _bias(self, name: str) -> Any:
+        """A bias, or an array that takes its place where there is none."""
+        return self._vector(name) if name else self.buffers.none
+
     def _norm(self, node: Node) -> Launch:
-        kernel, stream, count = jit.load("norm"), self.stream, self._count(node)
+        name = f"norm:{node.function}"
+        self._compile([name])
+        kernel, stream, count = jit.load(name), self.stream, self._count(node)
         rows = self.buffers.out_rows if node.rows == "outputs" else self.buffers.all_rows
         x, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
-        weight, eps = self._vector(node.weight), np.float32(node.eps)
+        weight, bias = self._vector(node.weight), self._bias(node.bias)
+        k = int(x.shape[1])
+        group = node.group or k
+        mode = (norm.ADD if node.adds else 0) | (norm.BIAS if node.bias else 0)
+        numbers = np.float32(node.eps), np.float32(node.gain), group, mode
 
         def run(n_tok: int, n_out: int) -> None:
             if n := count(n_tok, n_out):
-                kernel(n, stream, x, rows, weight, out, eps)
+                kernel((n, k // group), stream, x, rows, weight, bias, out, *numbers)
+
+        return run
+
+    def _pack(self, node: Node) -> Launch:
+        """A copy: the residual may change before all that read it as it was have done so."""
+        self._compile(["pack"])
+        kernel, stream = jit.load("pack"), self.stream
+        x, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
+
+        def run(n_tok: int, n_out: int) -> None:
+            kernel(n_tok, stream, x, out)
 
         return run
 
     def _matmul(self, node: Node) -> Launch:
         kind, arrays, n, k = self._weight(node.weight)
         x, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
-        bias = self._vector(node.bias) if node.bias else self.buffers.none
-        mode = (ADD if node.adds else RELU if node.function == "relu" else SET) | (BIAS if node.bias else 0)
+        bias = self._bias(node.bias)
+        mode = (matmul.ADD if node.adds else matmul.RELU if node.function == "relu" else matmul.SET)
+        mode |= matmul.BIAS if node.bias else 0
         stream, count = self.stream, self._count(node)
-        self._compile(matmul_launch(kind, n, m)[0] for m in (1, 2))
+        self._compile(matmul.launch(kind, n, m)[0] for m in (1, 2))
 
         def run(n_tok: int, n_out: int) -> None:
             if m := count(n_tok, n_out):
-                name, grid = matmul_launch(kind, n, m)
+                name, grid = matmul.launch(kind, n, m)
                 jit.load(name)(grid, stream, *arrays, x, out, bias, n, k, m, mode)
 
         return run
 
     def _rope(self, node: Node) -> Launch:
         c, b, stream = self.config, self.buffers, self.stream
-        if self._table is None:
-            self._table = self.device.upload(self._host_table)
-        table = self._table
+        table = self._table(node.layer)
         keys, values = self._caches[node.layer] = b.cache()
         q, k, v = (b.value(name) for name in node.reads)
         kernel = jit.load(f"rope:{c.rope_style}")
@@ -156,9 +176,19 @@ class Lowering:
 
         return run
 
+    def _table(self, layer: int) -> Any:
+        """The rotations of a layer; where nothing turns, any array."""
+        table = self._rope_tables[self.config.windows[layer] > 0]
+        if not table.size:
+            return self.buffers.no_scores
+        if id(table) not in self._tables:
+            self._tables[id(table)] = self.device.upload(table)
+        return self._tables[id(table)]
+
     def _attention(self, node: Node) -> Launch:
         c, b, stream = self.config, self.buffers, self.stream
-        heads = Heads(c.n_head, c.n_head_kv, c.head_dim_k, c.head_dim_v)
+        sizes = c.n_head, c.n_head_kv, c.head_dim_k, c.head_dim_v
+        heads = Heads(*sizes, capped=c.attn_softcap > 0)
         processors, n_ctx = self.device.processors, self.n_ctx
         keys, values = self._caches[node.layer]
         q, out = b.value(node.reads[0]), b.value(node.writes[0])
@@ -166,7 +196,7 @@ class Lowering:
             n = part_floats(heads, b.sizes["tokens"], n_ctx, processors)
             self._attention_parts = self.device.allocate((n,))
         parts = self._attention_parts
-        numbers = (*vars(heads).values(), np.float32(c.attn_scale), c.windows[node.layer])
+        numbers = (*sizes, np.float32(c.attn_scale), np.float32(c.attn_softcap), c.windows[node.layer])
         self._compile([*(attention_launch(heads, m, n_ctx, processors).name for m in (1, 2)), "attention_merge"])
 
         def run(n_tok: int, n_out: int) -> None:
@@ -180,23 +210,40 @@ class Lowering:
 
         return run
 
+    def _route(self, node: Node) -> Launch:
+        c, stream = self.config, self.stream
+        logits, shares = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
+        base, _, part = node.weight.partition("@")
+        neurons = self._ids(base, part) if part else np.arange(c.n_ff)
+        experts = self.device.upload((neurons[:: c.expert_neurons] // c.expert_neurons).astype(np.int32))
+        normed = int(c.weights_norm)
+        self._compile(["route"])
+        kernel = jit.load("route")
+
+        def run(n_tok: int, n_out: int) -> None:
+            kernel(n_tok, stream, logits, experts, shares, c.n_expert_used, normed)
+
+        return run
+
     def _ffn(self, node: Node) -> Launch:
-        b, stream = self.buffers, self.stream
+        c, b, stream = self.config, self.buffers, self.stream
         kind, gate, n, k = self._weight(node.weight)
-        other, up, _, _ = self._weight(node.up)
+        other, up, _, _ = self._weight(node.up) if node.up else ("", (), n, k)
         x, h = b.value(node.reads[0]), b.value(node.writes[0])
         scored = len(node.reads) > 1
         scores = b.value(node.reads[1]) if scored else b.no_scores
-        cut = self._vector(node.cut) if scored else b.none
+        cut = self._vector(node.cut) if node.cut else b.none
+        mode = (ffn.SCORES if node.cut else ffn.SHARES) if scored else 0
+        mode |= (ffn.GATE_BIAS if node.bias else 0) | (ffn.UP_BIAS if node.up_bias else 0)
         counts = b.counts[node.layer : node.layer + 1]
-        rule = tuple(map(np.float32, gate_range(self.config.activation, node.threshold)))
-        self._compile(ffn_launch(kind, other, node.function, n, m)[0] for m in (1, 2))
+        given = x, scores, cut, self._bias(node.bias), self._bias(node.up_bias), h, counts
+        per = c.expert_neurons if c.n_expert else 1
+        rule = tuple(map(np.float32, gate_range(node.function, node.threshold)))
+        self._compile(ffn.launch(kind, other, node.function, n, m)[0] for m in (1, 2))
 
         def run(n_tok: int, n_out: int) -> None:
-            name, grid = ffn_launch(kind, other, node.function, n, n_tok)
-            jit.load(name)(
-                grid, stream, *gate, *up, x, scores, cut, h, counts, n, k, n_tok, int(scored), *rule
-            )
+            name, grid = ffn.launch(kind, other, node.function, n, n_tok)
+            jit.load(name)(grid, stream, *gate, *up, *given, n, k, n_tok, per, mode, *rule)
 
         return run
 
@@ -204,7 +251,7 @@ class Lowering:
         """Where the hot neurons' sums of n_tok tokens are kept until they are merged, [parts, n_tok, n_embd]."""
         if self._down_parts is None:
             self._down_parts = self.device.allocate((down_floats(self.config, self.buffers.sizes["tokens"]),))
-        return self._view(self._down_parts, (part_count(n_tok), n_tok, self.config.n_embd))
+        return self._view(self._down_parts, (down.part_count(n_tok), n_tok, self.config.n_embd))
 
     def _view(self, flat: Any, shape: tuple[int, ...]) -> Any:
         """The beginning of a flat array in a shape; kept, as every layer of every step asks for it."""
@@ -217,20 +264,23 @@ class Lowering:
         kind, arrays, n, k = self._weight(node.weight)
         h, stream = self.buffers.value(node.reads[0]), self.stream
         self._parts(1)  # so that it is counted before the first step
-        self._compile([*(down_launch(kind, k, m)[0] for m in (1, 2)), merge_launch(k, 1)[0]])
+        self._compile([*(down.launch(kind, k, m)[0] for m in (1, 2)), down.merge_launch(k, 1)[0]])
 
         def run(n_tok: int, n_out: int) -> None:
-            name, grid = down_launch(kind, k, n_tok)
+            name, grid = down.launch(kind, k, n_tok)
             jit.load(name)(grid, stream, *arrays, h, self._parts(n_tok), n, k, n_tok)
 
         return run
 
     def _merge(self, node: Node) -> Launch:
-        base, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
-        stream, k = self.stream, self.config.n_embd
+        """The parts of a down projection, and what else is read; without that, their sum replaces what there was."""
+        first, out = node.reads[0], self.buffers.value(node.writes[0])
+        mode = (down.BASE if first != "gpu.parts" else 0) | (down.BIAS if node.bias else 0)
+        base = self.buffers.value(first) if mode & down.BASE else out
+        bias, stream, k = self._bias(node.bias), self.stream, self.config.n_embd
 
         def run(n_tok: int, n_out: int) -> None:
-            name, grid = merge_launch(k, n_tok)
-            jit.load(name)(grid, stream, base, self._parts(n_tok), out, n_tok)
+            name, grid = down.merge_launch(k, n_tok)
+            jit.load(name)(grid, stream, base, self._parts(n_tok), bias, out, n_tok, mode)
 
         return run

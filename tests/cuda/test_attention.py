@@ -6,6 +6,7 @@ of values near 1. Measured in the simulator: below 2e-6; ATOL is 1e-5.
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple, replace
 from typing import NamedTuple
 
@@ -48,12 +49,19 @@ def plan(heads: Heads, n_tok: int, splits: int, queries: int = 0, n_seq: int = 1
     if queries:
         size, group = how.name.split(":")[1].split("x")[0], heads.n_head // heads.n_kv
         tiles = heads.n_kv * -(-group // queries), -(-n_tok // max(1, queries // group))
-        how = replace(how, name=f"attention:{size}x{queries}", grid=(*tiles, 1))
+        how = replace(how, name=f"attention:{size}x{queries}" + (":softcap" if heads.capped else ""), grid=(*tiles, 1))
     return replace(how, grid=(*how.grid[:2], splits), splits=splits)
 
 
 def attend(
-    case: Case, heads: Heads, splits: int = 1, window: int = 0, lanes: int = 1, queries: int = 0, seed: int = 0
+    case: Case,
+    heads: Heads,
+    splits: int = 1,
+    window: int = 0,
+    softcap: float = 0.0,
+    lanes: int = 1,
+    queries: int = 0,
+    seed: int = 0,
 ) -> list[Array]:
     """Each sequence's output, float32 (n_new, n_head, dim_v). Blocks lie in random order; unused slots hold NaNs."""
     needs = [-(-len(keys) // KV_BLOCK) for keys in case.keys]
@@ -81,7 +89,8 @@ def attend(
     scale = np.float32(heads.dim_k**-0.5)
     per_token = (np.array(numbers + [1 << 30] * spare, np.int32) for numbers in (sequences, positions))
     cache = keys.reshape(-1), values.reshape(-1)
-    given = (q, *cache, tables, *per_token, out, parts, *astuple(heads), scale, window, n_tok)
+    numbers = *astuple(heads)[:4], scale, np.float32(softcap), window, n_tok
+    given = (q, *cache, tables, *per_token, out, parts, *numbers)
     *_, out, parts = launch(how.name, lanes, how.grid, *given)
     if splits > 1:
         assert np.isnan(out).all() and np.isfinite(parts).all()
@@ -91,11 +100,13 @@ def attend(
     return np.split(result, np.cumsum([len(new) for new in case.queries])[:-1])
 
 
-def check(lengths: list[tuple[int, int]], heads: Heads, splits: int = 1, window: int = 0, **options: int) -> None:
+def check(
+    lengths: list[tuple[int, int]], heads: Heads, splits: int = 1, window: int = 0, softcap: float = 0.0, **options: int
+) -> None:
     case = make_case(lengths, heads, len(lengths))
-    for i, got in enumerate(attend(case, heads, splits, window, **options)):
+    for i, got in enumerate(attend(case, heads, splits, window, softcap, **options)):
         q, k, v = (part[i].astype(np.float64) for part in (case.queries, case.keys, case.values))
-        np.testing.assert_allclose(got, naive.attention(q, k, v, window=window), rtol=0, atol=ATOL)
+        np.testing.assert_allclose(got, naive.attention(q, k, v, None, window, softcap), rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("lanes", LANES)
@@ -142,6 +153,24 @@ def test_windows(window: int) -> None:
 
 
 @pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("softcap", [0.3, 2.0, 50.0])
+def test_capped_scores(softcap: float, lanes: int) -> None:
+    heads = Heads(4, 2, 6, 5, capped=True)
+    check([(70, 1)], heads, 3, 40, softcap, lanes=lanes)
+    check([(20, 3), (3, 3)], heads, 1, 0, softcap, lanes=lanes)
+
+
+def test_scores_far_beyond_the_cap() -> None:
+    """All as large as the cap, or its opposite: as if there were two kinds of keys."""
+    heads = Heads(1, 1, 4, 4, capped=True)
+    case = make_case([(40, 1)], heads)
+    case.queries[0][:], case.keys[0][:], case.keys[0][::2] = 300, -300, 300
+    weights = np.where(np.arange(40) % 2, math.exp(-1.0), math.exp(1.0))
+    wanted = weights / weights.sum() @ case.values[0][:, 0].astype(np.float64)
+    np.testing.assert_allclose(attend(case, heads, softcap=1.0)[0][0, 0], wanted, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("lanes", LANES)
 def test_several_sequences_in_a_tile(lanes: int) -> None:
     lengths = [(40, 1), (3, 3), (65, 2), (1, 1), (33, 1)]
     for queries in (0, 8):
@@ -182,13 +211,14 @@ def test_empty_splits_are_neutral() -> None:
     q, cache = np.ones((1, 2), np.float32), (np.ones(64, np.float16), np.ones(96, np.float16))
     zero = np.zeros(1, np.int32)
     parts, out = filled((1, 4, 1, 5)), filled((1, 3))
-    given = (q, *cache, zero[:, None], zero, zero, out, parts, *astuple(heads), np.float32(1), 0, 1)
+    given = (q, *cache, zero[:, None], zero, zero, out, parts, *astuple(heads)[:4], np.float32(1), np.float32(0), 0, 1)
     *_, parts = launch(how.name, LANES[0], how.grid, *given)
     wanted = [[0, 0, 0, -1e30, 0]] * 3 + [[1, 1, 1, 2, 1]]
     np.testing.assert_allclose(parts[0, :, 0], np.array(wanted, np.float32), rtol=1e-6)
 
 
-HEADS = [Heads(32, 8, 128, 128), Heads(9, 3, 64, 64), Heads(32, 32, 80, 80), Heads(71, 1, 64, 64), Heads(4, 1, 192, 99)]
+HEADS = [Heads(32, 8, 128, 128), Heads(9, 3, 64, 64), Heads(32, 32, 80, 80), Heads(71, 1, 64, 64)]
+HEADS.append(Heads(4, 1, 192, 99, capped=True))
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -198,9 +228,9 @@ def test_launches_cover_every_query(heads: Heads) -> None:
     for n_tok in (1, 2, 7, 8, 63, 64):
         for n_seq in (1, n_tok):
             how = attention_launch(heads, n_tok, 4096, 132, n_seq)
-            variant = how.name.split(":")[1]
-            assert variant in VARIANTS["attention"]
-            size, queries = map(int, variant.split("x"))
+            variant = how.name.partition(":")[2]
+            assert variant in VARIANTS["attention"] and variant.endswith(":softcap") == heads.capped
+            size, queries = map(int, variant.partition(":")[0].split("x"))
             assert size >= max(heads.dim_k, heads.dim_v)
             x, y, z = how.grid
             assert x * queries >= heads.n_kv * min(group, x // heads.n_kv * queries) and x % heads.n_kv == 0

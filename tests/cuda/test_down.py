@@ -8,8 +8,8 @@ import pytest
 from cuda_launch import LANES, filled, launch
 from naive import QType
 
+from hotcold.runtime.cuda.down import BASE, BIAS, merge_launch, part_count
 from hotcold.runtime.cuda.down import launch as down_launch
-from hotcold.runtime.cuda.down import merge_launch, part_count
 from hotcold.runtime.cuda.repack import KINDS, pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy on infinities, in the simulator
@@ -98,15 +98,18 @@ def test_floats_of_ragged_width(kind: str) -> None:
 
 @pytest.mark.parametrize("parts", [1, 5])
 @pytest.mark.parametrize("k", [37, 300])
-def test_merge_adds_in_order(k: int, parts: int) -> None:
+@pytest.mark.parametrize("mode", [0, BASE, BIAS, BASE | BIAS])
+def test_merge_adds_in_order(mode: int, k: int, parts: int) -> None:
     rng = np.random.default_rng(7)
     n_tok, sums = 3, rng.standard_normal((parts, 4, k), np.float32)
-    x, out = rng.standard_normal((4, k), np.float32), filled((4, k))
-    want = x[:n_tok].copy()
+    x, bias = rng.standard_normal((4, k), np.float32), rng.standard_normal(k, np.float32)
+    want = x[:n_tok] if mode & BASE else np.zeros((n_tok, k), np.float32)
+    want = want + bias if mode & BIAS else want.copy()
     for part in sums:
         want += part[:n_tok]
     name, grid = merge_launch(k, n_tok)
-    got = launch(name, LANES[0], grid, x, sums, out, n_tok)[2]
+    given = x if mode & BASE else filled((4, k)), sums, bias if mode & BIAS else filled((k,))
+    got = launch(name, LANES[0], grid, *given, filled((4, k)), n_tok, mode)[3]
     np.testing.assert_array_equal(got[:n_tok], want)
     assert np.isnan(got[n_tok:]).all()
 

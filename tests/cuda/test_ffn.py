@@ -11,7 +11,7 @@ import pytest
 from cuda_launch import LANES, filled, launch
 from naive import QType
 
-from hotcold.runtime.cuda.ffn import ACTIVATIONS
+from hotcold.runtime.cuda.ffn import ACTIVATIONS, GATE_BIAS, SCORES, SHARES, UP_BIAS
 from hotcold.runtime.cuda.ffn import launch as ffn_launch
 from hotcold.runtime.cuda.repack import KINDS, pack
 from hotcold.runtime.sparsity import gate_range
@@ -24,12 +24,14 @@ BAND = (-0.5, -0.3, 0.4)  # active: from 0.4 on, and from -0.5 to -0.3
 
 
 class Layer(NamedTuple):
-    """An FFN's raw rows and their types."""
+    """An FFN's raw rows and their types; up_kind "": it has no gate, and gate is its up projection. Biases or none."""
 
     gate: Array
     up: Array
     gate_kind: str
     up_kind: str
+    gate_bias: Array | None = None
+    up_bias: Array | None = None
 
     @property
     def k(self) -> int:
@@ -37,7 +39,7 @@ class Layer(NamedTuple):
 
 
 def make_layer(gate_kind: str, up_kind: str, n: int, k: int, rng: np.random.Generator) -> Layer:
-    gate, up = (naive.random_blocks(QType[kind], n, k, rng) for kind in (gate_kind, up_kind))
+    gate, up = (naive.random_blocks(QType[kind], n, k, rng) for kind in (gate_kind, up_kind or gate_kind))
     return Layer(gate, up, gate_kind, up_kind)
 
 
@@ -49,29 +51,46 @@ def ffn(
     rule: Rule = ALL,
     scores: Array | None = None,
     cut: Array | None = None,
+    per: int = 0,
 ) -> tuple[Array, int]:
-    """(h [n_tok, n], active pairs); checks that nothing beyond n_tok rows is written."""
+    """(h [n_tok, n], active pairs); checks that nothing beyond n_tok rows is written.
+
+    per: neurons that share a weight of scores [n_tok, n / per]; 0: scores are compared with cut.
+    """
     n, (n_tok, k) = len(layer.gate), x.shape
     h, wide, counts = filled((n_tok + 2, n)), filled((n_tok + 1, k)), np.array([100], np.int64)
     wide[:n_tok] = x
     given = filled((n_tok, n)) if scores is None else scores
-    limits = filled((n,)) if cut is None else cut
+    vectors = [filled((n,)) if vector is None else vector for vector in (cut, layer.gate_bias, layer.up_bias)]
+    mode = (0 if scores is None else SHARES if per else SCORES) | (GATE_BIAS if layer.gate_bias is not None else 0)
+    mode |= UP_BIAS if layer.up_bias is not None else 0
     name, grid = ffn_launch(layer.gate_kind, layer.up_kind, activation, n, n_tok)
-    weights = *pack(layer.gate_kind, layer.gate, k), *pack(layer.up_kind, layer.up, k)
-    numbers = n, k, n_tok, int(scores is not None), *map(np.float32, rule)
-    arrays = launch(name, lanes, grid, *weights, wide, given, limits, h, counts, *numbers)
+    weights = pack(layer.gate_kind, layer.gate, k)
+    if layer.up_kind:
+        weights = *weights, *pack(layer.up_kind, layer.up, k)
+    numbers = n, k, n_tok, per or 1, mode, *map(np.float32, rule)
+    arrays = launch(name, lanes, grid, *weights, wide, given, *vectors, h, counts, *numbers)
     got, counted = arrays[-2], int(arrays[-1][0]) - 100
     assert np.isnan(got[n_tok:]).all()
     return got[:n_tok], counted
 
 
 def gates(layer: Layer, x: Array) -> Array:
-    return naive.matvec(layer.gate, QType[layer.gate_kind], x)
+    products = naive.matvec(layer.gate, QType[layer.gate_kind], x)
+    return products if layer.gate_bias is None else products + layer.gate_bias
 
 
 def expected(layer: Layer, x: Array, activation: str, active: Array) -> Array:
+    if not layer.up_kind:
+        return np.where(active, naive.ACTIVATIONS[activation](gates(layer, x)), 0)
     up = naive.matvec(layer.up, QType[layer.up_kind], x)
+    up = up if layer.up_bias is None else up + layer.up_bias
     return np.where(active, naive.glu(gates(layer, x), up, activation), 0)
+
+
+def within(g: Array, rule: Rule) -> Array:
+    low, high, top = rule
+    return ~((g < top) & ((g < low) | (g > high)))
 
 
 def assert_close(got: Array, want: Array) -> None:
@@ -79,11 +98,12 @@ def assert_close(got: Array, want: Array) -> None:
     assert not got[want == 0].any()
 
 
+@pytest.mark.parametrize("up", ["Q8_0", ""])
 @pytest.mark.parametrize("n_tok", [1, 3])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str, n_tok: int) -> None:
+def test_activations(activation: str, n_tok: int, up: str) -> None:
     rng = np.random.default_rng(1)
-    layer = make_layer("Q8_0", "Q8_0", 7, 64, rng)
+    layer = make_layer("Q8_0", up, 7, 64, rng)
     x = 2 * rng.standard_normal((n_tok, 64), np.float32)
     h, counted = ffn(layer, x, activation, LANES[0])
     assert_close(h, expected(layer, x, activation, np.full((n_tok, 7), True)))
@@ -91,12 +111,12 @@ def test_activations(activation: str, n_tok: int) -> None:
 
 
 @pytest.mark.parametrize("n_tok", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_type(kind: str, n_tok: int) -> None:
+@pytest.mark.parametrize(("kind", "gated"), [*((kind, True) for kind in KINDS), ("F16", False), ("Q5_K", False)])
+def test_every_type(kind: str, gated: bool, n_tok: int) -> None:
     rng = np.random.default_rng(2)
-    layer = make_layer(kind, kind, 5, 256 if kind.endswith("_K") else 96, rng)
+    layer = make_layer(kind, kind if gated else "", 5, 256 if kind.endswith("_K") else 96, rng)
     x = rng.standard_normal((n_tok, layer.k), np.float32)
-    active = ~((gates(layer, x) < BAND[2]) & ((gates(layer, x) < BAND[0]) | (gates(layer, x) > BAND[1])))
+    active = within(gates(layer, x), BAND)
     h, counted = ffn(layer, x, "silu", LANES[0], BAND)
     assert_close(h, expected(layer, x, "silu", active))
     assert counted == active.sum()
@@ -112,11 +132,51 @@ def test_rules_together(n_tok: int, lanes: int) -> None:
     scores = rng.standard_normal((n_tok, 9)).astype(np.float32)
     cut = rng.standard_normal(9).astype(np.float32)
     scores[0, :2], cut[2] = (np.nan, cut[1]), np.nan  # neither NaN nor equality is below
-    g = gates(layer, x)
-    active = ~(scores < cut) & ~((g < BAND[2]) & ((g < BAND[0]) | (g > BAND[1])))
+    active = ~(scores < cut) & within(gates(layer, x), BAND)
     assert 0 < active.sum() < active.size
     h, counted = ffn(layer, x, "silu", lanes, BAND, scores, cut)
     assert_close(h, expected(layer, x, "silu", active))
+    assert counted == active.sum()
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("n_tok", [1, 9])
+@pytest.mark.parametrize("up", ["F16", ""])
+def test_biases(up: str, n_tok: int, lanes: int) -> None:
+    """The rule looks at the gate with its bias; the kernel takes the biases that there are."""
+    rng = np.random.default_rng(8)
+    plain = make_layer("F16", up, 7, 40, rng)
+    first, second = (rng.standard_normal(7).astype(np.float32) for _ in range(2))
+    x = rng.standard_normal((n_tok, 40), np.float32)
+    for biases in ((first, None), (None, second), (first, second)) if up else ((first, None),):
+        layer = plain._replace(gate_bias=biases[0], up_bias=biases[1])
+        active = within(gates(layer, x), BAND)
+        assert 0 < active.sum() < active.size
+        h, counted = ffn(layer, x, "silu", lanes, BAND)
+        assert_close(h, expected(layer, x, "silu", active))
+        assert counted == active.sum()
+
+
+@pytest.mark.parametrize("lanes", LANES)
+@pytest.mark.parametrize("n_tok", [1, 3, 9])
+@pytest.mark.parametrize("per", [1, 3, 4])
+def test_shares_of_neurons(per: int, n_tok: int, lanes: int) -> None:
+    """Neurons come in groups that share a weight; those of weight 0 are not active, and their rows are not read."""
+    rng = np.random.default_rng(9)
+    n = 24
+    layer = make_layer("Q8_0", "Q8_0", n, 32, rng)
+    x = rng.standard_normal((n_tok, 32), np.float32)
+    scores = rng.uniform(0.1, 1, (n_tok, n // per)).astype(np.float32)
+    scores[:, rng.permutation(n // per)[: n // per // 2]] = 0
+    scores[0, 0] = 0
+    weights = np.repeat(scores, per, axis=1)
+    active = (weights != 0) & within(gates(layer, x), BAND)
+    off = np.repeat(~weights.any(axis=0).reshape(-1, 4).any(axis=1), 4)
+    assert off.any() or per < 4
+    spoiled = layer._replace(gate=layer.gate.copy(), up=layer.up.copy())
+    spoiled.gate[off, :2] = spoiled.up[off, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    h, counted = ffn(spoiled, x, "silu", lanes, BAND, scores, per=per)
+    assert_close(h, weights * expected(layer, x, "silu", active))
     assert counted == active.sum()
 
 
@@ -157,9 +217,10 @@ def test_nan_gates_are_active(activation: str, n_tok: int) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_large_gates(activation: str) -> None:
+@pytest.mark.parametrize("up", ["F32", ""])
+def test_large_gates(activation: str, up: str) -> None:
     """Far from zero, where exponentials overflow."""
-    layer = make_layer("F32", "F32", 4, 8, np.random.default_rng(6))
+    layer = make_layer("F32", up, 4, 8, np.random.default_rng(6))
     weights = np.zeros((4, 8), np.float32)
     weights[:, 0] = 1e4, -1e4, 200, -200
     layer = layer._replace(gate=weights.view(np.uint8))

@@ -16,7 +16,7 @@ from hotcold.runtime.sparsity import CROSSOVER, Plan, Sparsity, gate_range, plan
 
 N_LAYER, N_FF = 3, 1000
 TINY = float(np.finfo(np.float32).tiny)
-# Around the depths of the dips of silu, 0.2785, and gelu, 0.1700, as well
+# Around the depths of the dips of silu, 0.2785, and of both forms of gelu, 0.1700, as well
 THRESHOLDS = [*np.geomspace(1e-6, 30, 60), 0.1699, 0.17, 0.1701, 0.2784, 0.2785, 0.2786]
 
 
@@ -24,7 +24,7 @@ def gates() -> np.ndarray:
     """float64: a fine grid, the places of the dips, and numbers near and far from zero."""
     near = np.geomspace(1e-9, 1, 2000)
     far = np.geomspace(1, 1000, 500)
-    dips = np.concatenate([at + np.linspace(-1e-3, 1e-3, 2001) for at in (-1.2784645, -0.7517916)])
+    dips = np.concatenate([at + np.linspace(-1e-3, 1e-3, 2001) for at in (-1.2784645, -0.7524614, -0.7517916)])
     return np.unique(np.concatenate([np.linspace(-30, 30, 60001), near, -near, far, -far, dips, [0.0]]))
 
 
@@ -53,7 +53,7 @@ def test_rectified_gates_have_one_bound(name: str) -> None:
     assert low == math.inf and 0 < top < 1e-18 and np.float32(top) > 0  # a zero gate is not active
 
 
-@pytest.mark.parametrize(("name", "depth"), [("silu", 0.2784645), ("gelu", 0.1700410)])
+@pytest.mark.parametrize(("name", "depth"), [("silu", 0.2784645), ("gelu", 0.1700407), ("gelu_erf", 0.1699712)])
 def test_the_dip_below_zero_counts_as_deep_as_it_is(name: str, depth: float) -> None:
     low, high, top = gate_range(name, 0.9 * depth)
     assert -3 < low < high < 0 < top
