@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     @cache
     def file(name: str) -> Path:
-        return convert(BY_NAME[name].folder, folder / f"{name}.gguf", n_threads=1).path
+        return convert(BY_NAME[name].folder, folder / f"{name}.gguf", "f32", n_threads=1).path
 
     yield file
 
