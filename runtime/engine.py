@@ -94,7 +94,7 @@ class Engine:
             raise
 
     def _cpu(self, progress: Callable[[str], None] | None) -> CPUExecutor:
-        if self.plan and not self.plan.dense_from_t:
+        if self.plan and not self.plan.dense_from_t and not self.config.n_expert:
             add_down_t(self._tensors, range(self.config.n_layer), self.n_threads, progress)
         return self._lower(build(self.config, self.plan, self._ranks()), progress)
 

@@ -18,6 +18,8 @@ import pytest
 from families import BY_NAME, relative_error
 
 from hotcold import Engine
+from hotcold.formats.config import ModelConfig
+from hotcold.formats.errors import ParameterError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section_file import Contents, SectionTensor, update_section
 from hotcold.formats.types import GGMLType
@@ -82,8 +84,11 @@ class Last:
 
     def logits(self, on: np.ndarray) -> np.ndarray:
         """With these neurons, bool [n_tok, n_ff]."""
+        return self.after(np.where(on, self.h, 0) @ self.tensor("ffn_down.weight").T + self.tensor("ffn_down.bias"))
+
+    def after(self, out: np.ndarray) -> np.ndarray:
+        """The logits that an output of the FFN leads to."""
         c = self.config
-        out = np.where(on, self.h, 0) @ self.tensor("ffn_down.weight").T + self.tensor("ffn_down.bias")
         if c.has("post_ffw_norm.weight"):
             out = self.norm(out, self.tensor("post_ffw_norm.weight"), 0.0)
         x = (self.x + out) * c.residual_scale
@@ -103,6 +108,39 @@ def run(path: Path, ids: np.ndarray, mode: str) -> tuple[np.ndarray, float]:
                 rows.append(np.array(engine.eval(sequence, part, all_logits=True)))
             at += n
         return np.concatenate(rows), engine.usage.density
+
+
+class LastMixture(Last):
+    """The same of a mixture of experts; what its FFN reads is taken from a copy whose last experts give zeros."""
+
+    def __init__(self, path: Path, ids: np.ndarray, copy: Path) -> None:
+        with GGUFFile(path) as file:
+            c = self.config = ModelConfig.from_gguf(file)
+            self.layer = c.n_layer - 1
+            names = [*(f"blk.{self.layer}.{each}" for each in c.tensors), *c.tensors]
+            self.tensors = {name: file.dequantized(name).astype(np.float64) for name in names if name in file}
+            info = file.info(f"blk.{self.layer}.ffn_down_exps.weight")
+        data = bytearray(path.read_bytes())
+        data[info.offset : info.offset + info.nbytes] = bytes(info.nbytes)
+        copy.write_bytes(data)
+        with Engine(copy, n_ctx=64, n_threads=1) as engine:
+            engine.eval(engine.new_sequence(), ids)
+            buffers, n = engine._executor.tape.buffers, len(ids) * c.n_embd
+            self.x, f = (buffers[name].view(np.float32)[:n].reshape(-1, c.n_embd).astype(np.float64) for name in "xf")
+        gate, up = (np.einsum("tk,enk->ten", f, self.tensor(f"ffn_{part}_exps.weight")) for part in ("gate", "up"))
+        self.act, self.h = naive.ACTIVATIONS[c.activation](gate), naive.glu(gate, up, c.activation)
+        router = f @ self.tensor("ffn_gate_inp.weight").T
+        shares = np.exp(router - router.max(axis=1, keepdims=True))
+        shares /= shares.sum(axis=1, keepdims=True)
+        least = np.sort(shares, axis=1)[:, -c.n_expert_used, None]
+        self.weights = np.where(shares >= least, shares, 0)  # [n_tok, n_expert]
+        if c.weights_norm:
+            self.weights /= self.weights.sum(axis=1, keepdims=True)
+
+    def logits(self, on: np.ndarray) -> np.ndarray:
+        """With these neurons of the chosen experts, bool [n_tok, n_expert, expert_neurons]."""
+        weighted = np.where(on, self.h, 0) * self.weights[:, :, None]
+        return self.after(np.einsum("ten,ekn->tk", weighted, self.tensor("ffn_down_exps.weight")))
 
 
 def with_section(path: Path, to: Path, *several: Contents) -> Path:
@@ -145,6 +183,14 @@ def test_exact_is_transformers(files: Any, tmp_path: Path, name: str, from_secti
     np.testing.assert_array_equal(run(path, family.prompt, "auto")[0], got)
 
 
+def between(size: np.ndarray) -> float:
+    """A threshold that leaves some 40 % of the neurons that are not zero; rounding does not matter there."""
+    ordered = np.sort(size[size > 0])
+    some = ordered[len(ordered) // 2 : len(ordered) * 2 // 3]
+    gap = np.diff(some).argmax()
+    return float(np.float32((some[gap] + some[gap + 1]) / 2))
+
+
 def thresholds(limits: list[float]) -> Contents:
     table = np.array([limits], np.float32)
     return Contents({"hotcold.threshold.densities": [0.5]}, [tensor("ffn_thresholds", table)])
@@ -155,10 +201,7 @@ def thresholds(limits: list[float]) -> Contents:
 def test_threshold_drops_what_is_below(files: Any, tmp_path: Path, name: str, from_section: bool) -> None:
     last = Last(files(name), BY_NAME[name].prompt)
     size = np.abs(last.act)
-    ordered = np.sort(size[size > 0])
-    some = ordered[len(ordered) // 2 : len(ordered) * 2 // 3]
-    gap = np.diff(some).argmax()  # where rounding does not matter
-    limit = float(np.float32((some[gap] + some[gap + 1]) / 2))
+    limit = between(size)
     parts = [thresholds([0.0] * last.layer + [limit]), *([down_t(files(name))] if from_section else [])]
     path = with_section(files(name), tmp_path / "m.gguf", *parts)
     wanted = last.logits(size >= limit)
@@ -168,6 +211,24 @@ def test_threshold_drops_what_is_below(files: Any, tmp_path: Path, name: str, fr
     assert density == pytest.approx(np.mean(shares), abs=0.02)
     with pytest.raises(AssertionError):
         close(run(path, BY_NAME[name].prompt, "dense")[0], wanted)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_of_experts(files: Any, tmp_path: Path, name: str) -> None:
+    family, path = BY_NAME[name], files(name)
+    last = LastMixture(path, family.prompt, tmp_path / "zeroed.gguf")
+    assert relative_error(last.logits(np.ones_like(last.h, bool)), family.logits) < 2e-3
+    dense = run(path, family.prompt, "dense")[0]
+    np.testing.assert_array_equal(run(path, family.prompt, "exact")[0], dense)
+    size = np.abs(last.act)
+    limit = between(size[last.weights > 0])
+    with_limits = with_section(path, tmp_path / "m.gguf", thresholds([0.0] * last.layer + [limit]))
+    wanted = last.logits(size >= limit)
+    close(run(with_limits, family.prompt, "threshold=0.5")[0], wanted)
+    with pytest.raises(AssertionError):
+        close(dense, wanted)
+    with pytest.raises(ParameterError, match="got predict, but .* is a mixture of experts"):
+        Engine(path, n_ctx=8, sparsity="predict")
 
 
 def predictors(last: Last, rng: np.random.Generator, input: str) -> tuple[Contents, np.ndarray]:
