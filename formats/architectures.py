@@ -84,7 +84,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             both(_LLAMA, QKV_BIAS),
             (OUTPUT, ROPE_FREQS),
             (GATED,),
-            hf=Checkpoint(("Qwen2ForCausalLM",), windows="late"),
+            hf=Checkpoint(("Qwen2ForCausalLM",), windows="late", defaults={"max_window_layers": 28}),
         ),
         Architecture(
             "qwen3",
@@ -92,7 +92,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             both(_LLAMA, HEAD_NORMS),
             (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS),
             (GATED,),
-            hf=Checkpoint(("Qwen3ForCausalLM",), windows="late"),
+            hf=Checkpoint(("Qwen3ForCausalLM",), windows="late", defaults={"max_window_layers": 28}),
         ),
         Architecture(
             "qwen3moe",

@@ -10,7 +10,8 @@ from typing import Any
 from .architecture_terms import Architecture
 from .architectures import ARCHITECTURES
 from .checkpoint_card import general_keys
-from .checkpoint_keys import Settings, architecture_keys
+from .checkpoint_keys import architecture_keys
+from .checkpoint_settings import Settings
 from .checkpoint_tensors import Plan, Source, own_type, sizes_of
 from .errors import FormatError, ModelNotFoundError, UnsupportedError
 from .gguf_header import show

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_keys import as_number
+from .checkpoint_settings import as_number
 from .errors import FormatError
 from .gguf_header import show
 from .hf_vocabulary import read_json

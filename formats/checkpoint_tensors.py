@@ -111,6 +111,9 @@ class Plan:
         if self.tied:
             self.used |= self.there.keys() & set(own_output)
         chosen = self.groups()
+        if unknown := made.keys() - chosen.keys():
+            what = f"a rope scaling that needs {min(unknown)} is not supported for {row.name}"
+            raise UnsupportedError(f"{self.folder}/config.json: {what}")
         self.sources = [self.source(name, shape, 0) for name, shape in chosen.items() if name in MODEL_WIDE]
         for i in range(n_layer):
             self.sources += [self.source(name, shape, i) for name, shape in chosen.items() if name not in MODEL_WIDE]
