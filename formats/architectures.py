@@ -36,7 +36,8 @@ from .architecture_terms import (
     Architecture,
     both,
 )
-from .checkpoint_terms import Checkpoint, llama_names, names
+from .checkpoint_names import FALCON_NAMES, GEMMA_NAMES, GPT2_NAMES, GPTNEOX_NAMES, OPT_NAMES, llama_names
+from .checkpoint_terms import Checkpoint
 from .errors import UnsupportedError
 from .gguf_header import show
 
@@ -46,12 +47,6 @@ _LAYER_NORMS = both(ATTN_NORM, ATTN_NORM_BIAS, OUTPUT_NORM, OUTPUT_NORM_BIAS)
 _TWO_LAYER_NORMS = both(_LAYER_NORMS, FFN_NORM, FFN_NORM_BIAS)
 _LAYER_BLOCK = both(_TWO_LAYER_NORMS, QKV, OUT)
 _LLAMA = both(OUTPUT_NORM, LLAMA_BLOCK)
-
-_GEMMA_NAMES = llama_names(
-    post_attention_norm=".post_attention_layernorm",
-    ffn_norm=".pre_feedforward_layernorm",
-    post_ffw_norm=".post_feedforward_layernorm",
-)
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
@@ -128,7 +123,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             softcaps=(50.0, 30.0),
             hf=Checkpoint(
                 ("Gemma2ForCausalLM",),
-                _GEMMA_NAMES,
+                GEMMA_NAMES,
                 tied=True,
                 norm_offset=1.0,
                 windows="pattern",
@@ -150,7 +145,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             wide_heads=(62,),
             hf=Checkpoint(
                 ("Gemma3ForCausalLM",),
-                _GEMMA_NAMES,
+                GEMMA_NAMES,
                 tied=True,
                 norm_offset=1.0,
                 windows="pattern",
@@ -184,22 +179,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             gated=False,
             hf=Checkpoint(
                 ("OPTForCausalLM",),
-                names(
-                    "model.decoder.",
-                    "layers.{i}",
-                    token_embd="embed_tokens",
-                    position_embd="embed_positions",
-                    output_norm="final_layer_norm",
-                    output="/lm_head",
-                    attn_norm=".self_attn_layer_norm",
-                    attn_q=".self_attn.q_proj",
-                    attn_k=".self_attn.k_proj",
-                    attn_v=".self_attn.v_proj",
-                    attn_output=".self_attn.out_proj",
-                    ffn_norm=".final_layer_norm",
-                    ffn_up=".fc1",
-                    ffn_down=".fc2",
-                ),
+                OPT_NAMES,
                 tied=True,
                 reordered={"position_embd": "offset"},
                 defaults={"layer_norm_eps": 1e-5},
@@ -219,19 +199,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             parallel="yes",
             hf=Checkpoint(
                 ("FalconForCausalLM", "RWForCausalLM"),
-                names(
-                    "transformer.",
-                    "h.{i}",
-                    token_embd="word_embeddings",
-                    output_norm="ln_f",
-                    output="/lm_head",
-                    attn_norm=".input_layernorm|.ln_mlp",
-                    attn_norm_2=".ln_attn",
-                    attn_qkv=".self_attention.query_key_value",
-                    attn_output=".self_attention.dense",
-                    ffn_up=".mlp.dense_h_to_4h",
-                    ffn_down=".mlp.dense_4h_to_h",
-                ),
+                FALCON_NAMES,
                 prefix="transformer.",
                 tied=True,
                 reordered={"attn_qkv": "grouped"},
@@ -254,20 +222,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             gated=False,
             hf=Checkpoint(
                 ("GPT2LMHeadModel",),
-                names(
-                    "transformer.",
-                    "h.{i}",
-                    token_embd="wte",
-                    position_embd="wpe",
-                    output_norm="ln_f",
-                    output="/lm_head",
-                    attn_norm=".ln_1",
-                    attn_qkv=".attn.c_attn",
-                    attn_output=".attn.c_proj",
-                    ffn_norm=".ln_2",
-                    ffn_up=".mlp.c_fc",
-                    ffn_down=".mlp.c_proj",
-                ),
+                GPT2_NAMES,
                 prefix="transformer.",
                 tied=True,
                 reordered=dict.fromkeys(("attn_qkv", "attn_output", "ffn_up", "ffn_down"), "transposed"),
@@ -289,19 +244,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             parallel="key",
             hf=Checkpoint(
                 ("GPTNeoXForCausalLM",),
-                names(
-                    "gpt_neox.",
-                    "layers.{i}",
-                    token_embd="embed_in",
-                    output_norm="final_layer_norm",
-                    output="/embed_out",
-                    attn_norm=".input_layernorm",
-                    attn_qkv=".attention.query_key_value",
-                    attn_output=".attention.dense",
-                    ffn_norm=".post_attention_layernorm",
-                    ffn_up=".mlp.dense_h_to_4h",
-                    ffn_down=".mlp.dense_4h_to_h",
-                ),
+                GPTNEOX_NAMES,
                 own_output=True,
                 prefix="gpt_neox.",
                 reordered={"attn_qkv": "grouped"},

@@ -1,8 +1,4 @@
-"""How a row of the table of architectures speaks of Hugging Face checkpoints: names of tensors and of settings.
-
-Tensors are mapped by stem: `attn_q` stands for `blk.N.attn_q.weight` and `.bias`. In a Hugging Face name {i} is the
-block, and {n} counts what is stacked into one tensor: experts, or heads that have norms of their own.
-"""
+"""How a row of the table of architectures speaks of Hugging Face checkpoints, and the settings that they all share."""
 
 from __future__ import annotations
 
@@ -10,46 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Names = Mapping[str, tuple[str, ...]]  # GGUF's stem -> Hugging Face's, of which a checkpoint has one
-
-
-def names(prefix: str, block: str, **stems: str) -> Names:
-    """Stems by GGUF's names: `.x` is one of the block, `x` of the model's body, `/x` of neither; `a|b`: either."""
-
-    def full(stem: str) -> str:
-        if stem.startswith("/"):
-            return stem[1:]
-        return prefix + block + stem if stem.startswith(".") else prefix + stem
-
-    return {name: tuple(full(stem) for stem in text.split("|")) for name, text in stems.items()}
-
-
-_LLAMA = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "output": "/lm_head",
-    "attn_norm": ".input_layernorm",
-    "attn_q": ".self_attn.q_proj",
-    "attn_k": ".self_attn.k_proj",
-    "attn_v": ".self_attn.v_proj",
-    "attn_output": ".self_attn.o_proj",
-    "attn_q_norm": ".self_attn.q_norm",
-    "attn_k_norm": ".self_attn.k_norm",
-    "ffn_norm": ".post_attention_layernorm",
-    "ffn_gate": ".mlp.gate_proj",
-    "ffn_up": ".mlp.up_proj",
-    "ffn_down": ".mlp.down_proj",
-    "ffn_gate_inp": ".mlp.gate|.block_sparse_moe.gate",
-    "ffn_gate_exps": ".mlp.experts.{n}.gate_proj|.block_sparse_moe.experts.{n}.w1",
-    "ffn_up_exps": ".mlp.experts.{n}.up_proj|.block_sparse_moe.experts.{n}.w3",
-    "ffn_down_exps": ".mlp.experts.{n}.down_proj|.block_sparse_moe.experts.{n}.w2",
-}
-
-
-def llama_names(**others: str) -> Names:
-    """The names that most families share, and what differs from them."""
-    return names("model.", "layers.{i}", **{**_LLAMA, **others})
-
+from .checkpoint_names import Names, llama_names
 
 # {arch}.KEY -> names of the setting in config.json; every family has those that it needs
 INTEGERS: Names = {

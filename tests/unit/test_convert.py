@@ -220,7 +220,11 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"use_sliding_window": True, "max_window_layers": 1},
         {"attention.sliding_window": 8, "attention.sliding_window_pattern": [False, True]},
     ),
-    "windows after 28 layers": ("qwen2", {"use_sliding_window": True, "max_window_layers": ...}, {"attention.sliding_window": None}),
+    "windows after 28 layers": (
+        "qwen2",
+        {"use_sliding_window": True, "max_window_layers": ...},
+        {"attention.sliding_window": None},
+    ),
     "no window": ("qwen2", {"max_window_layers": 0}, {"attention.sliding_window": None}),
     "types of layers": (
         "gemma2",
