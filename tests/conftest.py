@@ -1,4 +1,4 @@
-"""Shared fixtures: a factory of tiny models, cached by their arguments for the whole run; where kernels are cached.
+"""Shared fixtures: tiny models by their arguments, and families, each made once in a run; where kernels are cached.
 
 CUDA kernels run in Numba's simulator, unless HOTCOLD_TEST_GPU is set: then on the GPU of this machine.
 """
@@ -39,3 +39,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def family_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family_file(name) -> path of a family's checkpoint as a GGUF file in F32, that tests must not change."""
+    from families import BY_NAME
+
+    from hotcold.solver.convert import convert
+
+    folder = tmp_path_factory.mktemp("families")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = convert(BY_NAME[name].folder, folder / f"{name}.gguf", "f32", n_threads=1).path
+        return made[name]
+
+    return get

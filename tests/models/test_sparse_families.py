@@ -7,8 +7,7 @@ that layer; the layers before it are left whole. Modes that leave nothing out ar
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section_file import Contents, SectionTensor, update_section
 from hotcold.formats.types import GGMLType
 from hotcold.solver import transpose
-from hotcold.solver.convert import convert
 
 MIXTURES = ("mixtral", "olmoe", "qwen3moe")
 # Those that differ from another one only in attention or embeddings are left out.
@@ -32,18 +30,7 @@ SAME = ("falcon-7b", "gemma2-27b", "mistral", "phi3-longrope", "phi3-longrope-sh
 DENSE = [name for name in BY_NAME if name not in (*MIXTURES, *SAME)]
 ZEROS = ["arcee", "bamboo", "llama-relu", "nemotron", "opt"]
 RANK = 32
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """name -> the family's GGUF file."""
-    folder = tmp_path_factory.mktemp("families")
-
-    @cache
-    def file(name: str) -> Path:
-        return convert(BY_NAME[name].folder, folder / f"{name}.gguf", "f32", n_threads=1).path
-
-    yield file
+Make = Callable[[str], Path]
 
 
 def tensor(name: str, values: np.ndarray) -> SectionTensor:
@@ -161,10 +148,10 @@ def close(got: np.ndarray, wanted: np.ndarray, tolerance: float = 2e-3) -> None:
 
 
 @pytest.mark.parametrize("name", DENSE)
-def test_the_oracle_is_transformers(files: Any, name: str) -> None:
+def test_the_oracle_is_transformers(family_file: Make, name: str) -> None:
     """With all neurons, what it makes of what observe shows are the family's logits."""
     family = BY_NAME[name]
-    last = Last(files(name), family.prompt)
+    last = Last(family_file(name), family.prompt)
     assert relative_error(last.logits(np.ones_like(last.h, bool)), family.logits) < 2e-3
     c = last.config
     w, bias = (last.tensor(f"ffn_{'gate' if c.gated else 'up'}.{kind}") for kind in ("weight", "bias"))
@@ -173,8 +160,8 @@ def test_the_oracle_is_transformers(files: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ZEROS)
 @pytest.mark.parametrize("from_section", [False, True])
-def test_exact_is_transformers(files: Any, tmp_path: Path, name: str, from_section: bool) -> None:
-    family, path = BY_NAME[name], files(name)
+def test_exact_is_transformers(family_file: Make, tmp_path: Path, name: str, from_section: bool) -> None:
+    family, path = BY_NAME[name], family_file(name)
     if from_section:
         path = with_section(path, tmp_path / "m.gguf", down_t(path))
     got, density = run(path, family.prompt, "exact")
@@ -198,12 +185,12 @@ def thresholds(limits: list[float]) -> Contents:
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("from_section", [False, True])
-def test_threshold_drops_what_is_below(files: Any, tmp_path: Path, name: str, from_section: bool) -> None:
-    last = Last(files(name), BY_NAME[name].prompt)
+def test_threshold_drops_what_is_below(family_file: Make, tmp_path: Path, name: str, from_section: bool) -> None:
+    last = Last(family_file(name), BY_NAME[name].prompt)
     size = np.abs(last.act)
     limit = between(size)
-    parts = [thresholds([0.0] * last.layer + [limit]), *([down_t(files(name))] if from_section else [])]
-    path = with_section(files(name), tmp_path / "m.gguf", *parts)
+    parts = [thresholds([0.0] * last.layer + [limit]), *([down_t(family_file(name))] if from_section else [])]
+    path = with_section(family_file(name), tmp_path / "m.gguf", *parts)
     wanted = last.logits(size >= limit)
     got, density = run(path, BY_NAME[name].prompt, "threshold=0.5")
     close(got, wanted)
@@ -214,8 +201,8 @@ def test_threshold_drops_what_is_below(files: Any, tmp_path: Path, name: str, fr
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_mixtures_of_experts(files: Any, tmp_path: Path, name: str) -> None:
-    family, path = BY_NAME[name], files(name)
+def test_mixtures_of_experts(family_file: Make, tmp_path: Path, name: str) -> None:
+    family, path = BY_NAME[name], family_file(name)
     last = LastMixture(path, family.prompt, tmp_path / "zeroed.gguf")
     assert relative_error(last.logits(np.ones_like(last.h, bool)), family.logits) < 2e-3
     dense = run(path, family.prompt, "dense")[0]
@@ -251,10 +238,10 @@ def predictors(last: Last, rng: np.random.Generator, input: str) -> tuple[Conten
 
 @pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("input", ["ffn_norm", "residual"])
-def test_predict_computes_what_is_predicted(files: Any, tmp_path: Path, name: str, input: str) -> None:
-    last = Last(files(name), BY_NAME[name].prompt)
+def test_predict_computes_what_is_predicted(family_file: Make, tmp_path: Path, name: str, input: str) -> None:
+    last = Last(family_file(name), BY_NAME[name].prompt)
     contents, on = predictors(last, np.random.default_rng(5), input)
-    path = with_section(files(name), tmp_path / "m.gguf", contents)
+    path = with_section(family_file(name), tmp_path / "m.gguf", contents)
     wanted = last.logits(on >= 0)
     got, density = run(path, BY_NAME[name].prompt, "predict")
     sure = ~np.isnan(on).any(axis=1)

@@ -59,6 +59,30 @@ def test_what_neurons_really_do(activation: str, limit: float | None) -> None:
     np.testing.assert_allclose(energy, share, rtol=1e-2, atol=1e-6)
 
 
+def test_without_a_gate_with_biases_and_a_norm_after() -> None:
+    rng = torch.Generator().manual_seed(0)
+    up, bias = torch.randn(N_FF, N_EMBD, generator=rng), torch.randn(N_FF, generator=rng) * 3
+    norms, (x, size) = torch.rand(N_FF, generator=rng) + 0.5, inputs()
+    wide = x.astype(np.float64)
+    raw = wide @ up.numpy().T + bias.numpy()
+    for post in (0.0, 20.0):
+        layer = FFN(up, None, norms, "relu2", None, bias, post=post)
+        active, energy = layer.see(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(size))
+        assert (active.numpy() == (raw > 0)).mean() > 0.999
+        squares = (np.maximum(raw, 0) ** 2 * norms.numpy()) ** 2
+        total = squares.sum(axis=1, keepdims=True)
+        share = squares / total * post / (size[:, None] + post) if post else squares / (size[:, None] + total)
+        np.testing.assert_allclose(energy, share, rtol=2e-2, atol=1e-6)
+    a, b, start = (m.double().numpy() for m in prepare(layer, x, size).start(N_EMBD, "dejavu"))
+    spread = (raw - raw.mean(axis=0)).std(axis=0)
+    np.testing.assert_allclose((wide @ a.T) @ b.T + start, raw / spread * _SLOPE, rtol=0.02, atol=0.05)
+    both = FFN(up, up, norms, "silu", 0.3, bias, bias)
+    _, energy = both.see(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(size))
+    squares = (naive.silu(raw) * raw * norms.numpy()) ** 2
+    share = squares / (size[:, None] + squares.sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(energy, share, rtol=2e-2, atol=1e-6)
+
+
 def test_targets_and_start() -> None:
     layer_ffn, (x, size) = ffn(), inputs()
     layer = prepare(layer_ffn, x, size)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import BY_NAME
 
 from hotcold.formats.config import ModelConfig
 from hotcold.formats.gguf import GGUFFile
@@ -18,9 +17,9 @@ from hotcold.formats.types import GGMLType
 from hotcold.runtime import vram
 from hotcold.runtime.cuda import repack
 from hotcold.solver import costs, placement, profile
-from hotcold.solver.convert import convert
 from hotcold.solver.hardware import Hardware
 
+Make = Callable[[str], Path]
 MACHINE = Hardware("test", {1: 1e9}, 1e11, 1e-6, 1e10, 2e-6, 1e-7, 2**30, 2**31, 16)
 QKVO = "attn_q.weight attn_k.weight attn_v.weight attn_output.weight"
 QKVO_BIASES = "attn_q.bias attn_k.bias attn_v.bias attn_output.bias"
@@ -45,19 +44,6 @@ TENSORS = {
               EXPERTS),
 }  # fmt: skip
 BY_NEURON = "ffn_down.bias"  # without hot neurons only: the CPU adds it where there are cold ones
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folder = tmp_path_factory.mktemp("families")
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            made[name] = convert(BY_NAME[name].folder, folder / f"{name}.gguf", "f32", n_threads=1).path
-        return made[name]
-
-    return get
 
 
 def found(path: Path, sparsity: str = "auto") -> costs.Costs:
@@ -98,11 +84,11 @@ def bytes_of(model: GGUFFile, names: str, n_hot: int | None = None) -> int:
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_bytes_are_those_of_the_tensors(file: Callable[[str], Path], name: str) -> None:
-    problem = found(file(name), "dense").problem
+def test_bytes_are_those_of_the_tensors(family_file: Make, name: str) -> None:
+    problem = found(family_file(name), "dense").problem
     attention, once, by_neuron = TENSORS[name]
     layer = problem.layers[1]
-    with GGUFFile(file(name)) as model:
+    with GGUFFile(family_file(name)) as model:
         c = ModelConfig.from_gguf(model)
         kv = vram.kv_bytes(c, 64)
         assert layer.attention.nbytes == bytes_of(model, attention) + 2 * driver_bytes(kv // 2)
@@ -121,10 +107,10 @@ def test_bytes_are_those_of_the_tensors(file: Callable[[str], Path], name: str) 
 
 @pytest.mark.parametrize("name", ["opt", "nemotron"])
 def test_without_a_gate_up_is_read_always_and_down_seldom(
-    file: Callable[[str], Path], tmp_path: Path, name: str
+    family_file: Make, tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / "m.gguf"
-    path.write_bytes(file(name).read_bytes())
+    path.write_bytes(family_file(name).read_bytes())
     freq = np.random.default_rng(0).random((2, 96)).astype(np.float32)
     update_section(path, profile.contents(freq, 10, "text", "exact"))
     layer = found(path, "exact").problem.layers[1]
@@ -133,10 +119,10 @@ def test_without_a_gate_up_is_read_always_and_down_seldom(
 
 
 @pytest.fixture
-def mixture(file: Callable[[str], Path], tmp_path: Path) -> tuple[Path, np.ndarray]:
+def mixture(family_file: Make, tmp_path: Path) -> tuple[Path, np.ndarray]:
     """OLMoE's file with a profile of its 8 experts, [2, 8]."""
     path = tmp_path / "olmoe.gguf"
-    path.write_bytes(file("olmoe").read_bytes())
+    path.write_bytes(family_file("olmoe").read_bytes())
     heat = np.array([[0.5, 0.1, 0.9, 0.1, 0.4, 0.3, 0.5, 0.2], [0.0, 1.0, 0.25, 0.25, 0.5, 0.5, 0.25, 0.25]])
     update_section(path, profile.contents(heat.astype(np.float32), 100, "text", "experts", per=32))
     return path, heat
@@ -175,10 +161,10 @@ def test_experts_are_placed_whole_and_the_hottest_first(mixture: tuple[Path, np.
     assert any(0 < len(ids) < 256 for ids in some.placement.hot)
 
 
-def test_without_a_profile_of_experts(file: Callable[[str], Path], tmp_path: Path) -> None:
+def test_without_a_profile_of_experts(family_file: Make, tmp_path: Path) -> None:
     note = "no profile, so all experts count as chosen equally often (50%); run `hotcold profile` first"
-    assert found(file("mixtral")).note == note
+    assert found(family_file("mixtral")).note == note
     path = tmp_path / "m.gguf"
-    path.write_bytes(file("mixtral").read_bytes())
+    path.write_bytes(family_file("mixtral").read_bytes())
     update_section(path, profile.contents(np.ones((2, 128), np.float32), 1, "an imatrix", "threshold=0.5"))
     assert "counted with the rule 'threshold=0.5', but experts are placed by how often they are" in found(path).note
