@@ -108,15 +108,19 @@ def costs(
     n_ctx: int,
     threads: int,
     sparsity: str,
+    mapped: bool = False,
 ) -> Costs:
-    """The problem of placing a model. capacity: bytes for weights and KV cache. UnsupportedError, ParameterError."""
+    """The problem of placing a model. UnsupportedError, ParameterError.
+
+    capacity: bytes for weights and KV cache. mapped: the GPU may compute the cold neurons too, so it has their biases.
+    """
     chosen = plan(Sparsity.parse(sparsity), config, section)
     mode = "dense" if chosen is None or chosen.sparsity.kind == "dense" else chosen.sparsity.kind
     if config.n_expert:
         freq, digest, note = _choices(config, section)
     else:
         freq, digest, note = _frequencies(config, section, mode, chosen.sparsity.density if chosen else 1.0)
-    maker = _Maker(model, config, section, hardware, n_ctx, threads, mode, chosen)
+    maker = _Maker(model, config, section, hardware, n_ctx, threads, mode, chosen, mapped)
     layers = tuple(maker.layer(number, row) for number, row in enumerate(freq))
     head = maker.head()
     problem = Problem(
@@ -186,6 +190,7 @@ class _Maker:
         threads: int,
         mode: str,
         chosen: Plan | None,
+        mapped: bool,
     ) -> None:
         self.model, self.config, self.section, self.hardware = model, config, section, hardware
         self.n_ctx, self.mode = n_ctx, mode
@@ -196,12 +201,13 @@ class _Maker:
         predictors = section.predictors() if section and chosen and chosen.predictor else None
         ranks, n = predictors.ranks if predictors else (), config.n_layer
 
-        def on_gpu(attention: bool, hot: int, head: bool) -> list[Node]:
-            graph = build(config, chosen, ranks, Split((attention,) * n, (hot,) * n, head))
+        def on_gpu(attention: bool, hot: int, head: bool, mapped: bool = False) -> list[Node]:
+            graph = build(config, chosen, ranks, Split((attention,) * n, (hot,) * n, head, mapped))
             return [node for node in graph.nodes if node.unit == "gpu" and node.op not in ("send", "fetch")]
 
         self.attentions, self.heads = on_gpu(True, 0, False), on_gpu(False, 0, True)
         self.splits = on_gpu(False, min(self.group, config.n_ff), False)
+        self.kept = on_gpu(False, min(self.group, config.n_ff), False, mapped)
         self.wholes = on_gpu(False, config.n_ff, False)
 
     def matrix(self, name: str) -> Matrix:
@@ -224,24 +230,26 @@ class _Maker:
         images = [self.section.image] if self.section else []
         return next((image.info(name) for image in (*images, self.model) if name in image), None)
 
-    def matrices(self, nodes: Iterable[Node]) -> list[tuple[Matrix, bool]]:
-        """Those that nodes read, and whether only rows of the hot neurons."""
+    def matrices(self, nodes: Iterable[Node]) -> list[tuple[Matrix, str]]:
+        """Those that nodes read, and whose rows: "hot", "cold" (in the host's memory), or "" for all."""
         names = [name for node in nodes if node.op in _MULTIPLY for name in (node.weight, node.up) if name]
-        return [(self.matrix(name.partition("@")[0]), "@" in name) for name in names]
+        return [(self.matrix(base), share) for base, _, share in (name.partition("@") for name in names)]
 
     def stored(self, nodes: list[Node], n_hot: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bytes that the tensors of nodes take on the GPU, by the number of hot neurons."""
         total = np.zeros_like(n_hot)
-        for matrix, hot in self.matrices(nodes):
-            total += matrix.on_gpu(n_hot if hot else np.array(matrix.n))
+        neurons = {"hot": n_hot, "cold": self.config.n_ff - n_hot, "": np.array(self.config.n_ff)}
+        for matrix, share in self.matrices(nodes):
+            if share != "cold":
+                total += matrix.on_gpu(n_hot if share else np.array(matrix.n))
         for node in nodes:
             for name in (node.weight if node.op == "norm" else "", node.bias, node.up_bias, node.cut):
-                base, _, hot_part = name.partition("@")
+                base, _, share = name.partition("@")
                 info = self.info(base) if base else None
                 if info is not None:
-                    total += allocated(4 * (n_hot if hot_part else np.array(math.prod(info.shape))))
+                    total += allocated(4 * (neurons[share] if share else np.array(math.prod(info.shape))))
             if node.op == "route":
-                total += allocated(4 * (n_hot // self.group))
+                total += allocated(4 * (neurons[node.weight.partition("@")[2]] // self.group))
         return total
 
     def head(self) -> Part:
@@ -294,13 +302,15 @@ class _Maker:
         n_hot = np.append(np.arange(0, c.n_ff, self.group), c.n_ff)
         active = np.concatenate([[0.0], np.cumsum(freq[order])])[n_hot]
         n_cold, active_cold = c.n_ff - n_hot, active[-1] - active
-        split, whole = ([node for node in nodes if node.layer == number] for nodes in (self.splits, self.wholes))
+        split, kept, whole = (
+            [node for node in nodes if node.layer == number] for nodes in (self.splits, self.kept, self.wholes)
+        )
         rows = self.rows(number)
-        nbytes = self.stored(split, n_hot)
+        nbytes = self.stored(kept, n_hot)
         nbytes[-1] = self.stored(whole, n_hot[-1:])[0]
         others = self.matrices(node for node in split if node.op == "matmul")  # of a predictor or router
-        shared = [matrix for matrix, hot in others if not hot]  # read as soon as one neuron is computed
-        always = [matrix for matrix, hot in others if hot]
+        shared = [matrix for matrix, share in others if not share]  # read as soon as one neuron is computed
+        always = [matrix for matrix, share in others if share]
         first = {"dense": rows, "predict": []}.get(mode, rows[:1]) if not c.n_expert else []
         always, sometimes = always + first, rows[len(first) :]
 

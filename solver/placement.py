@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,7 +54,8 @@ class Placed:
     CUDA context and work buffers; used: bytes of weights and KV cache. status: "optimal" (within the gap), "feasible"
     (whole groups do not come that near to the bound), "time-out" (the best solution found), "no solution" (found in
     time: a greedy one), "stored". gap: relative, None if unknown.
-    seconds: solving. notes: lines that the user should see. saved: where a stored one was found, or "".
+    seconds: solving. notes: lines that the user should see. saved: where a stored one was found, or "". expert: neurons
+    of one expert, 0 without experts.
     """
 
     placement: Placement
@@ -70,6 +71,7 @@ class Placed:
     hardware: Hardware
     notes: tuple[str, ...]
     saved: str = ""
+    expert: int = 0
 
 
 def place(
@@ -113,6 +115,7 @@ def place(
         config = ModelConfig.from_gguf(file)
         tokens = min(USUAL_CONTEXT, config.n_ctx_train) if n_ctx is None else check_int("n_ctx", n_ctx, 1, 2**30)
         section = find_section(file, config)
+        expert = config.expert_neurons if config.n_expert else 0
         try:
             machine, missing = _machine(hardware, threads, say)
             total = resolve(budget, machine.gpu_free, machine.name)
@@ -120,7 +123,7 @@ def place(
                 reserve = _reserve(config, section, tokens, machine)
             found = costs(
                 file, config, section, machine,
-                capacity=total - reserve, n_ctx=tokens, threads=threads, sparsity=str(wanted),
+                capacity=total - reserve, n_ctx=tokens, threads=threads, sparsity=str(wanted), mapped=cold != "cpu",
             )  # fmt: skip
             asked = stored.Asked(
                 budget=total, n_ctx=tokens, hardware=f"{machine.name}, {threads} threads", sparsity=found.mode,
@@ -132,12 +135,13 @@ def place(
                 if reason:
                     notes.append(reason)
                 if kept is not None:
-                    return _report(kept, found, machine, reserve, "stored", None, 0.0, notes, {}, where)
+                    placed = _report(kept, found, machine, reserve, "stored", None, 0.0, notes, {}, where)
+                    return replace(placed, expert=expert)
             say("solving the placement")
             placed = _solve(found, machine, asked, reserve, solver, time_limit, gap, compare, notes)
             if reuse:
                 stored.keep(file, placed.placement)
-            return placed
+            return replace(placed, expert=expert)
         finally:
             if section is not None:
                 section.close()

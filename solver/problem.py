@@ -12,7 +12,8 @@ on the GPU, a layer's FFN takes
 
 and s more where the next attention, or the output, is on the other side. The first input comes from the CPU and the
 logits go there. A run of layers wholly on the GPU so pays no s within. This is sum_l max(T_cpu, T_gpu + T_sync y) of
-PowerInfer's engine with the hand-overs counted where they happen (runtime/decoder.py puts them there).
+PowerInfer's engine with the hand-overs counted where they happen (runtime/decoder.py puts them there). Where attention
+and FFN read the same residual, it may go to the FFN's side once more, before attention; that is not counted.
 """
 
 from __future__ import annotations

@@ -134,10 +134,12 @@ def describe(placed: Placed) -> dict[str, Any]:
 def _print(placed: Placed) -> None:
     one = placed.placement
     print(f"{printable(one.hardware)}; sparsity {one.sparsity}, context {one.n_ctx}")
-    print(f"{'layer':>5}  {'hot neurons':>11}  {'on the GPU':>10}  attention")
+    what = "hot experts" if placed.expert else "hot neurons"
+    print(f"{'layer':>5}  {what:>11}  {'on the GPU':>10}  attention")
     for number, layer in enumerate(placed.layers):
         where = f"GPU, {human_bytes(layer.attention_bytes)}" if layer.attention_bytes else "CPU"
-        print(f"{number:>5}  {layer.hot:>11}  {human_bytes(layer.ffn_bytes):>10}  {where}")
+        hot = layer.hot // placed.expert if placed.expert else layer.hot
+        print(f"{number:>5}  {hot:>11}  {human_bytes(layer.ffn_bytes):>10}  {where}")
     print(f"output on the {f'GPU, {human_bytes(placed.head_bytes)}' if one.head else 'CPU'}")
     print(
         f"budget {human_bytes(one.budget)}: {human_bytes(placed.used)} weights and KV cache, "

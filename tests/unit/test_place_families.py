@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from hotcold.formats.config import ModelConfig
 from hotcold.formats.gguf import GGUFFile
@@ -18,9 +19,10 @@ from hotcold.runtime import vram
 from hotcold.runtime.cuda import repack
 from hotcold.solver import costs, placement, profile
 from hotcold.solver.hardware import Hardware
+from hotcold.tools.cli import app
 
 Make = Callable[[str], Path]
-MACHINE = Hardware("test", {1: 1e9}, 1e11, 1e-6, 1e10, 2e-6, 1e-7, 2**30, 2**31, 16)
+MACHINE = Hardware("test", {1: 1e9}, 1e11, 1e-6, 1e10, 2e-6, 1e-7, 2**34, 2**34, 16)
 QKVO = "attn_q.weight attn_k.weight attn_v.weight attn_output.weight"
 QKVO_BIASES = "attn_q.bias attn_k.bias attn_v.bias attn_output.bias"
 GATED = "ffn_gate.weight ffn_up.weight"
@@ -145,7 +147,7 @@ def test_an_expert_is_read_as_often_as_it_is_chosen(mixture: tuple[Path, np.ndar
     assert costs_.dense_cpu == pytest.approx(attention + 2 * (router + 3 * expert) / 1e9)
 
 
-def test_experts_are_placed_whole_and_the_hottest_first(mixture: tuple[Path, np.ndarray]) -> None:
+def test_experts_are_placed_whole_and_the_hottest_first(mixture: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     path, heat = mixture
     pytest.importorskip("mip")
     options: dict[str, Any] = {"hardware": MACHINE, "reserve": 0, "n_threads": 1, "n_ctx": 64}
@@ -159,6 +161,11 @@ def test_experts_are_placed_whole_and_the_hottest_first(mixture: tuple[Path, np.
         others = np.setdiff1d(np.arange(8), experts)
         assert not len(experts) or not len(others) or row[experts].min() >= row[others].max()
     assert any(0 < len(ids) < 256 for ids in some.placement.hot)
+    MACHINE.save(tmp_path / "machine.json")
+    arguments = [str(path), "--hardware", tmp_path / "machine.json", "-b", "10GiB", "--dry-run", "--ctx", "64"]
+    result = CliRunner().invoke(app, ["place", *map(str, arguments)])
+    assert result.exit_code == 0, result.stderr
+    assert "hot experts" in result.stdout and "\n    1            8 " in result.stdout
 
 
 def test_without_a_profile_of_experts(family_file: Make, tmp_path: Path) -> None:
