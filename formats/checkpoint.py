@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,11 +14,12 @@ from .checkpoint_card import general_keys
 from .checkpoint_keys import architecture_keys
 from .checkpoint_settings import Settings
 from .checkpoint_tensors import Plan, Source, own_type, sizes_of
+from .checkpoint_terms import NO_TEXT, WRAPPED
 from .errors import FormatError, ModelNotFoundError, UnsupportedError
 from .gguf_header import show
 from .hf_tokenizer import tokenizer_fields
 from .hf_vocabulary import read_json
-from .safetensors import Weights
+from .safetensors import Weight, Weights
 
 
 class HFCheckpoint:
@@ -33,7 +35,9 @@ class HFCheckpoint:
         if not path.is_file():
             raise ModelNotFoundError(f"{folder}: there is no config.json: it is no Hugging Face checkpoint")
         self.folder, config = folder, read_json(path)
-        self.row = _row(path, config)
+        self.row, wrapped = _row(path, config)
+        if wrapped:
+            config = _text_settings(path, config)
         said = Settings(path, config, self.row.hf.defaults)
         n_vocab = said.integer("vocab_size")
         if n_vocab is None:
@@ -41,6 +45,9 @@ class HFCheckpoint:
         own, made, self.notes = architecture_keys(self.row, said)
         tied = said.flag("tie_word_embeddings", True) if "tie_word_embeddings" in said.values else None
         self.weights = Weights(folder)
+        if wrapped:
+            self.weights.tensors = _text_weights(self.weights.tensors)
+            self.notes.append("the model is one for text and pictures; only its text part is converted")
         try:
             sizes = sizes_of(own, n_vocab)
             n_layer, rope_dim = own["block_count"], own.get("rope.dimension_count", 0)
@@ -71,15 +78,35 @@ class HFCheckpoint:
         self.close()
 
 
-def _row(path: Path, config: dict[str, Any]) -> Architecture:
+def _row(path: Path, config: dict[str, Any]) -> tuple[Architecture, bool]:
+    """The row of a checkpoint's class, and whether it is only the text part of that."""
     said = config.get("architectures")
     if not isinstance(said, list) or not said or not isinstance(said[0], str):
         raise FormatError(path, "setting 'architectures'", show(said), "the name of the model's class")
-    classes = {name: row for row in ARCHITECTURES.values() for name in row.hf.classes}
+    classes = {name: (row, False) for row in ARCHITECTURES.values() for name in row.hf.classes}
+    classes |= {name: (row, True) for row in ARCHITECTURES.values() for name in row.hf.wrapped}
     if said[0] not in classes:
         supported = ", ".join(sorted(classes))
         raise UnsupportedError(f"{path}: the architecture {show(said[0])} is not supported; supported: {supported}")
     return classes[said[0]]
+
+
+def _text_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the text part; ids of tokens are often said outside of it only."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        raise FormatError(path, "setting 'text_config'", show(text), "the settings of the text part")
+    return {**{name: value for name, value in config.items() if name.endswith("_token_id")}, **text}
+
+
+def _text_weights(tensors: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The text part's tensors, by the names that they have in a model of text alone."""
+    found = {}
+    for name, weight in tensors.items():
+        prefix = next((prefix for prefix in WRAPPED if name.startswith(prefix)), "")
+        if not name.startswith(NO_TEXT):
+            found[WRAPPED.get(prefix, "") + name.removeprefix(prefix)] = weight
+    return found
 
 
 def count(sources: list[Source]) -> tuple[int, int, int, int]:

@@ -61,7 +61,8 @@ class Checkpoint:
     use_sliding_window). attn_scale: setting and power that scale attention's scores. one_kv_head: the setting that
     means it, and another that overrules. defaults: settings of config.json where it has none; ff_multiple: FFN width
     then, of n_embd. only: settings of which one value is supported. activated: whether config.json names the FFN's
-    activation. keys: further {arch}.* keys.
+    activation. keys: further {arch}.* keys. wrapped: classes of models for text and pictures, whose text part this is:
+    settings in text_config, names of tensors below WRAPPED.
     """
 
     classes: tuple[str, ...]
@@ -80,6 +81,11 @@ class Checkpoint:
     only: Mapping[str, Any] = field(default_factory=dict)
     activated: bool = True
     keys: Mapping[str, str] = field(default_factory=dict)
+    wrapped: tuple[str, ...] = ()
 
 
+WRAPPED = {"language_model.": "", "model.language_model.": "model."}
+NO_TEXT = (  # beginnings of what such models have beside their text part
+    "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.",
+)  # fmt: skip
 IGNORED = (".rotary_emb.inv_freq",)  # ends of names, of any family: computed from the settings

@@ -26,7 +26,7 @@ def families() -> str:
     """One row an architecture: models, Hugging Face's classes, feed-forward network, sparse modes."""
     lines = ["| architecture | models | converted from | feed-forward network | sparse modes |", _FIVE]
     for name, row in ARCHITECTURES.items():
-        classes = ", ".join(f"`{found}`" for found in row.hf.classes)
+        classes = ", ".join(f"`{found}`" for found in (*row.hf.classes, *row.hf.wrapped))
         modes = "exact, threshold, predict" if row.activation in ZEROS else "threshold, predict"
         if set(map(str, row.ffn)) == {str(EXPERTS)}:
             modes = "by expert, threshold"

@@ -171,6 +171,33 @@ def test_names_without_their_prefix(files: Callable[[str], Path], tmp_path: Path
     assert list(ours) == list(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
+def test_the_text_part_of_a_model_for_pictures_too(files: Callable[[str], Path], tmp_path: Path, prefix: str) -> None:
+    """Gemma 3 from 4B on: settings in text_config, names as transformers 4 or 5 writes them, a tower to leave out."""
+    settings = json.loads((FOLDER / "gemma3" / "config.json").read_text())
+    folder = copied(FOLDER / "gemma3", tmp_path / "both", dict.fromkeys(settings, ...))
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": settings.pop("eos_token_id")}
+    (folder / "config.json").write_text(json.dumps({**outer, "text_config": settings, "vision_config": {}}))
+    whole = prefix.startswith("model.")
+    tensors = {
+        prefix + (name.removeprefix("model.") if whole else name): value
+        for name, value in read(folder).items()
+    }
+    tensors["model.vision_tower.x.weight" if whole else "vision_tower.x.weight"] = "F32", np.zeros(4, np.float32)
+    write(folder / "model.safetensors", tensors)
+    done = convert(folder, tmp_path / "text.gguf", "f32")
+    assert any("only its text part" in note for note in done.notes)
+    with GGUFFile(done.path) as got, GGUFFile(files("gemma3")) as wanted:
+        for tensor in wanted.tensors:
+            assert got.data(tensor).tobytes() == wanted.data(tensor).tobytes()
+        for key in wanted.metadata.keys() | got.metadata.keys():
+            if key.startswith(("gemma3.", "tokenizer.")):
+                np.testing.assert_array_equal(got.metadata[key], wanted.metadata[key])
+    (folder / "config.json").write_text(json.dumps(outer))
+    with pytest.raises(HotcoldError, match="setting 'text_config': got .*, wanted the settings of the text part"):
+        convert(folder, tmp_path / "none.gguf", "f32")
+
+
 def test_a_tied_output_is_copied_where_others_need_it(tmp_path: Path) -> None:
     folder = copied(FOLDER / "nemotron", tmp_path / "tied", {"tie_word_embeddings": True})
     found = tensors(convert(folder, tmp_path / "x.gguf", "f32").path)
