@@ -29,7 +29,7 @@ def families() -> str:
         classes = ", ".join(f"`{found}`" for found in (*row.hf.classes, *row.hf.wrapped))
         modes = "exact, threshold, predict" if row.activation in ZEROS else "threshold, predict"
         if set(map(str, row.ffn)) == {str(EXPERTS)}:
-            modes = "by expert, threshold"
+            modes = "by expert"
         lines.append(f"| `{name}` | {row.models} | {classes} | {_ffn(row)} | {modes} |")
     return "\n".join(lines)
 
