@@ -152,7 +152,7 @@ def bytes_writer(lanes: int, size: int) -> Any:
 
 def _symmetric(half: int) -> tuple[int, Any]:
     lanes, size, row, five = BLOCKS, 32, 4 * BLOCKS, half == 16
-    search = symmetric(lanes, size, half, (half - 1.4, 0.2, 10), 2)
+    search = symmetric(lanes, size, half, (half - 1.2, 0.2, 12), 2)
     rounded, inverted, write = rounder(lanes, -half, half - 1), inverse(lanes), bytes_writer(lanes, size)
     pack, n_bytes = _packer(2, five), 22 if five else 18
     bytes_at, scales_at = BYTES, SCALES
@@ -179,7 +179,7 @@ def _symmetric(half: int) -> tuple[int, Any]:
 
 def _asymmetric(most: int) -> tuple[int, Any]:
     lanes, size, row, five = BLOCKS, 32, 4 * BLOCKS, most == 31
-    search = asymmetric(lanes, size, most, (most - 1.0, 0.2, 10), 3, True)
+    search = asymmetric(lanes, size, most, (most - 1.0, 0.15, 14), 3, True)
     rounded, inverted, write = rounder(lanes, 0, most), inverse(lanes), bytes_writer(lanes, size)
     pack, n_bytes = _packer(4, five), 24 if five else 20
     bytes_at, scales_at = BYTES, SCALES

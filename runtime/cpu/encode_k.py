@@ -29,13 +29,13 @@ from .weights import inline
 
 # Of types with minima: lanes, size, greatest integer, greatest integer scale, candidates and rounds of the search.
 _ASYMMETRIC = {
-    "Q2_K": (16, 16, 3, 15, (1.5, 0.1, 20), 3),
+    "Q2_K": (16, 16, 3, 15, (1.6, 0.15, 16), 3),
     "Q4_K": (8, 32, 15, 63, (14.0, 0.2, 10), 3),
     "Q5_K": (8, 32, 31, 63, (30.0, 0.2, 10), 3),
 }
 # Of types without: half the range of the integers and of the integer scales, candidates and rounds.
-_SYMMETRIC = {"Q3_K": (4, 32, (2.6, 0.2, 10), 3), "Q6_K": (32, 128, (30.6, 0.2, 10), 2)}
-_TURNS = 2  # that scales of sub-blocks and of the super-block take
+_SYMMETRIC = {"Q3_K": (4, 32, (2.8, 0.2, 12), 3), "Q6_K": (32, 128, (30.8, 0.2, 12), 2)}
+_TURNS = 3  # that scales of sub-blocks and of the super-block take
 
 
 def encoder(variant: str) -> tuple[int, int, int, Any]:

@@ -116,9 +116,12 @@ def asymmetric(lanes: int, size: int, most: int, candidates: tuple[float, float,
             high = where_less(low, high, high, low)
         inv_range = inverted(high - low)
         best, scale, minimum = zero - splat_f32(1.0, lanes), zero, low
-        for c in range(n + rounds):
+        raised = fma(high - low, splat_f32(0.5 / most, lanes), low)
+        for c in range(2 * n + rounds):
             if c < n:
                 inv, base = inv_range * splat_f32(first + step * c, lanes), low
+            elif c < 2 * n:
+                inv, base = inv_range * splat_f32(first + step * (c - n), lanes), raised
             else:
                 inv, base = inverted(scale), minimum
             sxq, sqq, sq = zero, zero, zero
@@ -134,11 +137,17 @@ def asymmetric(lanes: int, size: int, most: int, candidates: tuple[float, float,
             inv_det = inverted(det)
             s = (sw * sxq - sx * sq) * inv_det
             m = (sqq * sx - sq * sxq) * inv_det
-            if not free:
-                s = where_less(zero, m, sxq * inverted(sqq), s)
-                m = where_less(zero, m, zero, m)
             # Where all integers are the same, the determinant is nothing but rounding errors.
-            gain = where_less(sw * sqq * splat_f32(1e-5, lanes), det, s * sxq + m * sx, best)
+            least = sw * sqq * splat_f32(1e-5, lanes)
+            if free:
+                gain = where_less(least, det, s * sxq + m * sx, best)
+            else:
+                alone = sxq * inverted(sqq)
+                s, m = where_less(zero, m, alone, s), where_less(zero, m, zero, m)
+                mean = sx * inverted(sw)
+                flat = where_less(zero, sqq, zero, where_less(mean, zero, mean, zero))
+                s, m = where_less(least, det, s, alone), where_less(least, det, m, flat)
+                gain = s * sxq + m * sx
             scale = where_less(best, gain, s, scale)
             minimum = where_less(best, gain, m, minimum)
             best = where_less(best, gain, gain, best)
