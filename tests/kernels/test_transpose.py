@@ -113,6 +113,22 @@ def test_layers_of_several_types(level: str) -> None:
     np.testing.assert_array_equal(found[1][1].view(np.uint16), layers[1].view(np.uint16).T)
 
 
+@pytest.mark.parametrize(("kind", "n"), [("Q4_0", 64), ("Q6_K", 32), ("F16", 5)])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_each_expert_as_if_alone(kind: str, n: int, n_threads: int) -> None:
+    n_expert, k = 5, 256
+    raw = weights(kind, n_expert * n, k, np.random.default_rng(5))
+    alone = [got for _, got in transposed([kind] * n_expert, list(raw.reshape(n_expert, n, -1)), k)]
+    tensors = Tensors()
+    tensors.add("blk.0.ffn_down_exps.weight", (k, n, n_expert), GGMLType[kind], raw.reshape(-1))
+    add_down_t(tensors, [0], n_threads)
+    name = "blk.0.ffn_down_exps_t.weight"
+    info = tensors.info(name)
+    assert info.shape == (n, k, n_expert) and info.type.name == ("F16" if kind == "F16" else "Q8_0")
+    assert info.nbytes == tensors.data(name).nbytes
+    np.testing.assert_array_equal(tensors.data(name).reshape(n_expert * k, -1), np.concatenate(alone))
+
+
 def test_outputs_that_are_no_whole_blocks(tmp_path: Path) -> None:
     """Q8_0 cannot hold them; float16 can."""
     down = {f"{NAME.format(layer)}.weight": "Q4_0" for layer in range(2)}
