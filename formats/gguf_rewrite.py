@@ -47,7 +47,7 @@ def rewrite(
 
     Integers become u32 (i32 below zero). A failed or interrupted run leaves nothing behind. Raises StorageError.
     """
-    with replacing(out, "name a file that can be written there") as part, open(part, "wb") as file:
+    with replacing(out, "make room, or name another file") as part, open(part, "wb") as file:
         entries = _entries(source.path)
         for key in dropped:
             entries.pop(key, None)

@@ -241,7 +241,7 @@ def find(name: str) -> Mix:
 
 
 def is_quantised(kind: GGMLType) -> bool:
-    """Whether weights of this type have lost something that the type's name tells."""
+    """Whether a type has blocks of weights that share a scale."""
     return kind.block_size > 1
 
 

@@ -98,6 +98,8 @@ def _check_kind(file: GGUFFile) -> None:
         raise UnsupportedError(f"{file.path}: general.type is {show(kind)}; only models can be quantised")
     if not isinstance(file.get("general.architecture"), str):
         raise FormatError(file.path, "key 'general.architecture'", "no such key", "the name of an architecture")
+    if not file.tensors:
+        raise FormatError(file.path, "tensors", "none", "those of a model")
     if (parts := file.get("split.count", 0, int)) > 1:
         raise UnsupportedError(f"{file.path}: one of {parts} parts of a model; merge them first (llama-gguf-split)")
 
