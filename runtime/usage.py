@@ -25,8 +25,8 @@ class Usage:
     steps: steps taken. places, active: (token, neuron) pairs in all, and those active; both 0 for a dense engine.
     ffn_bytes: bytes of FFN weights read, predictors and routers included; dense_bytes: what reading all weights in
     every step would have been. ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors.
-    experts: int64 [n_layer, n_expert], how many tokens chose each expert; None where there are no experts. The active
-    neurons of a mixture are those of the chosen experts.
+    experts: int64 [n_layer, n_expert], how many tokens chose each expert, of layers that the CPU has a part in; None
+    where there are no experts. The active neurons of a mixture are those of the chosen experts.
     """
 
     steps: int = 0
@@ -80,7 +80,7 @@ def usage(
     Bytes read on the GPU are counted as for tokens one by one.
     """
     if config.n_expert:
-        return _mixture(tape, tensors, config, steps)
+        return _mixture(tape, tensors, config, steps, gpu)
     sizes = [_sizes(tensors, layer) for layer in range(config.n_layer)]
     dense = sum(size["ffn_gate"] + size["ffn_up"] + size["ffn_down"] for size in sizes)
     if plan is None:
@@ -112,7 +112,7 @@ def usage(
     return Usage(steps, places, active, read, steps * dense, int(ticks.sum()), int(ticks[predicting].sum()))
 
 
-def _mixture(tape: Tape, tensors: Tensors, config: ModelConfig, steps: int) -> Usage:
+def _mixture(tape: Tape, tensors: Tensors, config: ModelConfig, steps: int, gpu: HotUsage | None) -> Usage:
     """The usage of a mixture of experts: of its experts, those are read that a token of the step has chosen."""
     ticks = int(tape.rows[:, Row.ticks // 8].sum())
     heat = np.zeros((config.n_layer, config.n_expert), np.int64)
@@ -125,10 +125,17 @@ def _mixture(tape: Tape, tensors: Tensors, config: ModelConfig, steps: int) -> U
         experts = sum(tensors.info(name).nbytes for name in names)
         router = tensors.info(f"blk.{layer}.ffn_gate_inp.weight").nbytes
         dense += steps * (router + experts)
-        if routings is None:
+        n_hot = gpu.hot[layer] if gpu else 0
+        if gpu and n_hot:
+            pairs = int(gpu.active[layer])
+            places += gpu.tokens * n_hot
+            active += pairs
+            read += gpu.tokens * router + pairs * experts // config.n_ff
+        n_cold = config.n_ff - n_hot
+        if routings is None or not n_cold:
             continue
         own = {name: int(routings[layer, getattr(Routing, name) // 8]) for name in Routing._fields}
-        places += own["tokens"] * config.n_ff
+        places += own["tokens"] * n_cold
         active += own["pairs"] * config.expert_neurons
         read += steps * router + own["read"] * experts // config.n_expert
     return Usage(steps, places, active, read, dense, ticks, experts=heat)

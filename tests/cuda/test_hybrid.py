@@ -25,6 +25,7 @@ from hotcold.runtime.engine import MAX_OUTPUTS, MICRO_BATCH
 from hotcold.runtime.executor import CPUExecutor
 from hotcold.runtime.trace import Trace
 
+SIMULATED = pytest.mark.skipif(not jit.simulated(), reason="a GPU's memory is what it is, and taken in pages")
 N_FF = 96
 SIZES: dict[str, Any] = {"n_embd": 32, "n_head": 2, "n_head_kv": 1, "n_ff": N_FF}  # the simulator is slow
 PLACES = {  # attention by layer, hot neurons by layer, head
@@ -144,6 +145,7 @@ def test_usage_counts_both_sides(relu: Path) -> None:
     assert density(placed("all on the GPU")) == density(None)
 
 
+@SIMULATED
 def test_what_is_loaded_is_what_was_planned(plain: Path) -> None:
     """Weights as repack counts them, the KV cache and work memory as vram does: to the byte, on the device's books."""
     placement = placed("split and whole")
@@ -165,6 +167,7 @@ def test_more_than_the_budget_is_refused_and_freed(plain: Path) -> None:
     close(run(plain, "dense", None), run(plain, "dense", None), 0.0)
 
 
+@SIMULATED
 def test_memory_that_runs_out_while_loading(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOTCOLD_SIM_VRAM", "200000")
     with pytest.raises(GPUError, match="out of memory: wanted [0-9]+ bytes, [0-9]+ are free"):

@@ -23,7 +23,9 @@ from hotcold.formats.section import Placement
 from hotcold.formats.section_file import Contents, SectionTensor, update_section
 from hotcold.formats.types import GGMLType
 from hotcold.runtime import vram
+from hotcold.runtime.cuda import jit
 from hotcold.runtime.engine import MAX_OUTPUTS, MICRO_BATCH
+from hotcold.runtime.usage import Usage
 from hotcold.solver import costs
 from hotcold.solver.hardware import Hardware
 
@@ -124,6 +126,7 @@ def test_a_choice_of_neurons_without_gates(with_section: tuple[Path, ModelConfig
     assert relative_error(run(path, placed(config, where), ids, mode), wanted) < 1e-4
 
 
+@pytest.mark.skipif(not jit.simulated(), reason="a GPU's memory is taken in pages, and by others")
 def test_both_tables_of_rotations_are_planned(family_file: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3's layers are too small to be split here, so tests/cuda/test_planned_families.py leaves it out."""
     monkeypatch.setattr(costs, "allocated", lambda nbytes: nbytes)
@@ -138,6 +141,27 @@ def test_both_tables_of_rotations_are_planned(family_file: Make, monkeypatch: py
     work = vram.work_bytes(config, N_CTX, MICRO_BATCH, MAX_OUTPUTS, processors=processors)
     split_only = 4 * (MICRO_BATCH * config.n_embd + vram.down_floats(config, MICRO_BATCH))  # base and parts
     assert used == weights + work - split_only
+
+
+@pytest.mark.parametrize("where", ["split", "alternate", "mapped"])
+def test_both_sides_count_the_experts_in_use(family_file: Make, where: str) -> None:
+    """Neurons of the chosen experts; token by token, both sides read what one would, and each its own router."""
+    path, ids = family_file("mixtral"), BY_NAME["mixtral"].prompt[:2]
+    config = config_of(path)
+
+    def counted(placement: Placement | None) -> Usage:
+        with Engine(path, n_ctx=N_CTX, n_threads=2, placement=placement) as engine:
+            sequence = engine.new_sequence()
+            for token in ids:
+                engine.eval(sequence, [token])
+            assert engine.usage.steps == 2
+            return engine.usage
+
+    alone, both = counted(None), counted(placed(config, where))
+    assert (both.places, both.active) == (alone.places, alone.active)
+    assert both.density == pytest.approx(config.n_expert_used / config.n_expert)
+    routers = {"split": 2, "alternate": 1, "mapped": 0}[where] * 2 * config.n_expert * config.n_embd * 4
+    assert both.ffn_bytes == alone.ffn_bytes + routers
 
 
 def test_experts_are_placed_whole(family_file: Make) -> None:
