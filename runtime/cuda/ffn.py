@@ -2,7 +2,8 @@
 
 `ffn:GATE:UP:ACT` for one token, `ffn_tile:GATE:UP:ACT` for several, where a row is read if any token of the tile needs
 it. GATE and UP are the weights' types, ACT the activation. `ffn:GATE:ACT` is an FFN without a gate: its only projection
-is in the gate's place.
+is in the gate's place. With `:shares` behind it, it is for a mixture of experts, whose neurons count as much as their
+expert; the others need fewer registers without.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ from .rows import ROWS, SPLIT, TILE, four_rows, one_row, over_split, pick, pick_
 from .weights import Device, array_types, device
 
 ACTIVATIONS = ("silu", "gelu", "gelu_erf", "relu", "relu2", "drelu")
-# Any types and activation can be built; those listed are what tests compile: each type and activation, a mix, no gate.
+# Any types and activation can be built; those listed are what tests compile: each type, each activation, a mix, no
+# gate, experts.
 _SAME = [f"{kind}:{kind}:silu" for kind in KINDS]
 _ACTIVATED = [f"Q4_0:Q4_0:{activation}" for activation in ACTIVATIONS[1:]]
 _UNGATED = ["F16:gelu_erf", "Q4_0:gelu", "Q5_K:relu", "Q8_0:relu2"]
-_LISTED = [*_SAME, *_ACTIVATED, "Q4_K:Q6_K:silu", *_UNGATED]
+_SHARES = [f"{kind}:{kind}:silu:shares" for kind in ("F16", "Q4_0", "Q4_K", "Q6_K", "Q8_0")]
+_LISTED = [*_SAME, *_ACTIVATED, "Q4_K:Q6_K:silu", *_UNGATED, *_SHARES]
 VARIANTS = {"ffn": _LISTED, "ffn_tile": _LISTED}
 _ONES = (np.float32(1.0),) * 4
-SCORES, SHARES, GATE_BIAS, UP_BIAS = 1, 2, 4, 8  # mode
+SCORES, GATE_BIAS, UP_BIAS = 1, 2, 4  # mode
 
 
-def launch(gate: str, up: str, activation: str, n: int, n_tok: int) -> tuple[str, tuple[int, int]]:
-    """(kernel, grid) for n neurons and n_tok tokens: as for a matmul. up: "" without a gate."""
+def launch(
+    gate: str, up: str, activation: str, n: int, n_tok: int, shares: bool = False
+) -> tuple[str, tuple[int, int]]:
+    """(kernel, grid) for n neurons and n_tok tokens: as for a matmul. up: "" without a gate; shares: of experts."""
     name = f"{gate}:{up}:{activation}" if up else f"{gate}:{activation}"
+    name += ":shares" if shares else ""
     if n_tok == 1:
         return f"ffn:{name}", (-(-n // ROWS), 1)
     return f"ffn_tile:{name}", (-(-n // (ROWS * SPLIT)), -(-n_tok // TILE))
@@ -42,40 +48,38 @@ def build(family: str, variant: str, lanes: int) -> Program:
 
     h[t, j] is the product of act(gate) and up, or 0 where neuron j is not active. It is active unless gate < top and
     not low <= gate <= high; other comparisons with NaN leave it active. mode: SCORES: nor is it, and nothing is read,
-    where scores[t, j] < cut[j]. SHARES: likewise where scores[t, j // per] is 0, and h is multiplied by that.
-    GATE_BIAS, UP_BIAS: the projections have a bias [n]. Arrays that a mode does not name may be any. counts[0] grows by
-    the active pairs of token and neuron. x as matmul's; grid: `launch`. Without a gate there is no Wup, and up is 1.
+    where scores[t, j] < cut[j]. GATE_BIAS, UP_BIAS: the projections have a bias [n]. With shares, it is not active and
+    nothing is read where scores[t, j // per] is 0, and h is multiplied by that. Arrays that are not named may be any.
+    counts[0] grows by the active pairs of token and neuron. x as matmul's; grid: `launch`. Without a gate there is no
+    Wup, and up is 1.
     """
-    gate, *rest = variant.split(":")
-    up, act = rest[0] if len(rest) > 1 else "", _ACTS[rest[-1]]
+    gate, *rest = variant.removesuffix(":shares").split(":")
+    up, act, shares = rest[0] if len(rest) > 1 else "", _ACTS[rest[-1]], variant.endswith(":shares")
     g, floats, vector = array_types(gate), types.float32[:, ::1], types.float32[::1]
     u = array_types(up) if up else ()
     given = (floats, floats, vector, vector, vector, floats, types.int64[::1])
     numbers = (*(types.int32,) * 5, *(types.float32,) * 3)
-    kernel = (_single if family == "ffn" else _tiled)(gate, up, act, lanes)
+    kernel = (_single if family == "ffn" else _tiled)(gate, up, act, shares, lanes)
     flat = spread(kernel, len(g), len(u)) if up else spread(kernel, len(g))
     return Program(flat, (*g, *u, *given, *numbers), SPLIT * lanes)
 
 
-@device
-def _wanted(scores, cut, t, row, n, n_tok, per, mode):  # type: ignore[no-untyped-def]
-    """Whether a neuron is there and its gate is to be computed."""
-    if row >= n or t >= n_tok:
-        return False
-    if mode & SHARES and scores[t, row // per] == np.float32(0.0):
-        return False
-    return mode & SCORES == 0 or not scores[t, row] < cut[row]
+def _choice(shares: bool) -> Device:
+    """(scores, cut, t, row, n, n_tok, per, mode): whether a neuron is there and its gate is to be computed."""
+
+    def wanted(scores, cut, t, row, n, n_tok, per, mode):  # type: ignore[no-untyped-def]
+        if row >= n or t >= n_tok:
+            return False
+        if shares:
+            return scores[t, row // per] != np.float32(0.0)
+        return mode & SCORES == 0 or not scores[t, row] < cut[row]
+
+    return device(wanted)
 
 
 @device
 def _active(g, low, high, top):  # type: ignore[no-untyped-def]
     return not (g < top and (g < low or g > high))
-
-
-@device
-def _value(h, scores, t, row, per, mode):  # type: ignore[no-untyped-def]
-    """A neuron's value, times its share where it has one."""
-    return h * scores[t, row // per] if mode & SHARES else h
 
 
 @device
@@ -90,8 +94,8 @@ def _biased(s, bias, first, n, wanted):  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-def _single(gate: str, up: str, act: Device, lanes: int) -> Device:
-    threads, gated = SPLIT * lanes, bool(up)
+def _single(gate: str, up: str, act: Device, shares: bool, lanes: int) -> Device:
+    threads, gated, wanted = SPLIT * lanes, bool(up), _choice(shares)
     sums = over_split(lanes)
 
     def products(kind: str) -> Device:
@@ -127,10 +131,10 @@ def _single(gate: str, up: str, act: Device, lanes: int) -> Device:
         me, first, t = cuda.threadIdx.x, cuda.blockIdx.x * ROWS, cuda.blockIdx.y
         row = first + me
         mine = me < ROWS and row < n and t < n_tok
-        a = _wanted(scores, cut, t, first, n, n_tok, per, mode)
-        b = _wanted(scores, cut, t, first + 1, n, n_tok, per, mode)
-        c = _wanted(scores, cut, t, first + 2, n, n_tok, per, mode)
-        d = _wanted(scores, cut, t, first + 3, n, n_tok, per, mode)
+        a = wanted(scores, cut, t, first, n, n_tok, per, mode)
+        b = wanted(scores, cut, t, first + 1, n, n_tok, per, mode)
+        c = wanted(scores, cut, t, first + 2, n, n_tok, per, mode)
+        d = wanted(scores, cut, t, first + 3, n, n_tok, per, mode)
         if not (a or b or c or d):
             if mine:
                 h[t, row] = np.float32(0.0)
@@ -148,7 +152,9 @@ def _single(gate: str, up: str, act: Device, lanes: int) -> Device:
             on = (a if me == 0 else b) if me < 2 else (c if me == 2 else d)
             value = np.float32(0.0)
             if on:
-                value = _value(act(pick(g, me), pick(u, me)), scores, t, row, per, mode)
+                value = act(pick(g, me), pick(u, me))
+                if shares:
+                    value *= scores[t, row // per]
             h[t, row] = value
         if me == 0:
             count = (1 if a else 0) + (1 if b else 0) + (1 if c else 0) + (1 if d else 0)
@@ -158,8 +164,9 @@ def _single(gate: str, up: str, act: Device, lanes: int) -> Device:
     return _with(body, gated)
 
 
-def _tiled(gate: str, up: str, act: Device, lanes: int) -> Device:
-    gates, ups, total, gated = tile(gate, lanes), tile(up or gate, lanes), over_lanes(lanes, SPLIT * lanes), bool(up)
+def _tiled(gate: str, up: str, act: Device, shares: bool, lanes: int) -> Device:
+    gates, ups, total = tile(gate, lanes), tile(up or gate, lanes), over_lanes(lanes, SPLIT * lanes)
+    gated, wanted = bool(up), _choice(shares)
 
     @device
     def body(  # type: ignore[no-untyped-def]
@@ -171,40 +178,42 @@ def _tiled(gate: str, up: str, act: Device, lanes: int) -> Device:
         at, first, tokens = min(np.uint64(row), last), np.uint64(t), np.uint64(n_tok)
         # Of the ROWS * TILE pairs of a row and a token, a lane of a warp looks after one. Rows that no token needs are
         # taken for rows of no weights.
-        wanted = 0
+        count = 0
         for i in range(lane, ROWS * TILE, lanes):
-            if _wanted(scores, cut, t + i // ROWS, row + i % ROWS, n, n_tok, per, mode):
-                wanted += 1
-        width = np.uint64(k) if total(np.float32(wanted)) > 0 else np.uint64(0)
+            if wanted(scores, cut, t + i // ROWS, row + i % ROWS, n, n_tok, per, mode):
+                count += 1
+        width = np.uint64(k) if total(np.float32(count)) > 0 else np.uint64(0)
         g = gates(wg, x, first, tokens, at, last, width, np.uint64(lane))
         active = 0
         for i in range(lane, ROWS * TILE, lanes):
             r, tok = row + i % ROWS, t + i // ROWS
-            if _wanted(scores, cut, tok, r, n, n_tok, per, mode):
+            if wanted(scores, cut, tok, r, n, n_tok, per, mode):
                 mine = pick(pick_token(g, i // ROWS), i % ROWS)
                 if mode & GATE_BIAS:
                     mine += gate_bias[r]
                 h[tok, r] = mine
                 if _active(mine, low, high, top):
                     active += 1
-        count = total(np.float32(active))
+        found = total(np.float32(active))
         if gated:
-            width = np.uint64(k) if count > 0 else np.uint64(0)
+            width = np.uint64(k) if found > 0 else np.uint64(0)
             g = ups(wu, x, first, tokens, at, last, width, np.uint64(lane))
         for i in range(lane, ROWS * TILE, lanes):
             r, tok = row + i % ROWS, t + i // ROWS
             value = np.float32(0.0)
-            if _wanted(scores, cut, tok, r, n, n_tok, per, mode) and _active(h[tok, r], low, high, top):
+            if wanted(scores, cut, tok, r, n, n_tok, per, mode) and _active(h[tok, r], low, high, top):
                 u = np.float32(1.0)
                 if gated:
                     u = pick(pick_token(g, i // ROWS), i % ROWS)
                     if mode & UP_BIAS:
                         u += up_bias[r]
-                value = _value(act(h[tok, r], u), scores, tok, r, per, mode)
+                value = act(h[tok, r], u)
+                if shares:
+                    value *= scores[tok, r // per]
             if r < n and tok < n_tok:
                 h[tok, r] = value
-        if lane == 0 and count > 0:
-            cuda.atomic.add(counts, 0, np.int64(count))
+        if lane == 0 and found > 0:
+            cuda.atomic.add(counts, 0, np.int64(found))
 
     return _with(body, gated)
 

@@ -233,16 +233,17 @@ class Lowering:
         scored = len(node.reads) > 1
         scores = b.value(node.reads[1]) if scored else b.no_scores
         cut = self._vector(node.cut) if node.cut else b.none
-        mode = (ffn.SCORES if node.cut else ffn.SHARES) if scored else 0
+        shares = scored and not node.cut
+        mode = ffn.SCORES if node.cut else 0
         mode |= (ffn.GATE_BIAS if node.bias else 0) | (ffn.UP_BIAS if node.up_bias else 0)
         counts = b.counts[node.layer : node.layer + 1]
         given = x, scores, cut, self._bias(node.bias), self._bias(node.up_bias), h, counts
         per = c.expert_neurons if c.n_expert else 1
         rule = tuple(map(np.float32, gate_range(node.function, node.threshold)))
-        self._compile(ffn.launch(kind, other, node.function, n, m)[0] for m in (1, 2))
+        self._compile(ffn.launch(kind, other, node.function, n, m, shares)[0] for m in (1, 2))
 
         def run(n_tok: int, n_out: int) -> None:
-            name, grid = ffn.launch(kind, other, node.function, n, n_tok)
+            name, grid = ffn.launch(kind, other, node.function, n, n_tok, shares)
             jit.load(name)(grid, stream, *gate, *up, *given, n, k, n_tok, per, mode, *rule)
 
         return run

@@ -11,7 +11,7 @@ import pytest
 from cuda_launch import LANES, filled, launch
 from naive import QType
 
-from hotcold.runtime.cuda.ffn import ACTIVATIONS, GATE_BIAS, SCORES, SHARES, UP_BIAS
+from hotcold.runtime.cuda.ffn import ACTIVATIONS, GATE_BIAS, SCORES, UP_BIAS
 from hotcold.runtime.cuda.ffn import launch as ffn_launch
 from hotcold.runtime.cuda.repack import KINDS, pack
 from hotcold.runtime.sparsity import gate_range
@@ -62,9 +62,9 @@ def ffn(
     wide[:n_tok] = x
     given = filled((n_tok, n)) if scores is None else scores
     vectors = [filled((n,)) if vector is None else vector for vector in (cut, layer.gate_bias, layer.up_bias)]
-    mode = (0 if scores is None else SHARES if per else SCORES) | (GATE_BIAS if layer.gate_bias is not None else 0)
+    mode = (SCORES if cut is not None else 0) | (GATE_BIAS if layer.gate_bias is not None else 0)
     mode |= UP_BIAS if layer.up_bias is not None else 0
-    name, grid = ffn_launch(layer.gate_kind, layer.up_kind, activation, n, n_tok)
+    name, grid = ffn_launch(layer.gate_kind, layer.up_kind, activation, n, n_tok, per > 0)
     weights = pack(layer.gate_kind, layer.gate, k)
     if layer.up_kind:
         weights = *weights, *pack(layer.up_kind, layer.up, k)
