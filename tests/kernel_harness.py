@@ -25,8 +25,9 @@ FLOATS = [kind.name for kind in naive.FLOAT_TYPES]
 KERNELS = [
     *("walk", "norm:rms", "norm:layer", "pack", "rope:norm", "rope:neox", "attention", "attention:softcap"),
     *("select:gates", "select:scores", "add_parts"),
+    *("route", "combine"),
     *(f"{family}:{name}" for family in ("activate", "rows:F32") for name in naive.ACTIVATIONS),
-    *(f"{family}:{kind}" for family in ("matmul", "embed", "rows", "down", "matmul_t") for kind in TYPES),
+    *(f"{family}:{kind}" for family in ("matmul", "embed", "rows", "down", "matmul_t", "experts") for kind in TYPES),
 ]
 _GUARD = 256  # bytes on each side of a buffer
 _SLOTS = 24  # int64 slots of an argument record, as the engine has them

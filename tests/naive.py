@@ -220,7 +220,11 @@ def attention(
 
 @dataclass
 class Model:
-    """A llama or qwen2 model in NumPy; the fields may be changed to make a deliberately wrong one."""
+    """A llama, qwen2, qwen3moe or olmoe model in NumPy; the fields may be changed to make a deliberately wrong one.
+
+    heat [n_layer, n_expert]: how many tokens have chosen each expert so far; gap: the least difference of logits
+    between a chosen expert and one that was not.
+    """
 
     n_layer: int
     n_head: int
@@ -234,6 +238,11 @@ class Model:
     quantised: set[str] = field(repr=False, default_factory=set)
     q8: bool = False
     kv_f16: bool = False
+    n_used: int = 0
+    weights_norm: bool = True
+    threshold: float = 0.0
+    gap: float = math.inf
+    heat: Array = field(repr=False, default_factory=lambda: np.zeros((0, 0), int))
 
     def forward(self, ids: Sequence[int]) -> Array:
         """Logits float64 (len(ids), n_vocab), one row a token.
@@ -250,29 +259,59 @@ class Model:
 
     def _attention(self, layer: int, x: Array) -> Array:
         n, positions, name = len(x), np.arange(len(x)), f"blk.{layer}.attn_"
-        q = rope(self._linear(name + "q", x).reshape(n, self.n_head, self.head_dim), positions, self.rope)
-        k = rope(self._linear(name + "k", x).reshape(n, self.n_head_kv, self.head_dim), positions, self.rope)
+        q = rope(self._heads(name + "q", x, self.n_head), positions, self.rope)
+        k = rope(self._heads(name + "k", x, self.n_head_kv), positions, self.rope)
         v = self._linear(name + "v", x).reshape(n, self.n_head_kv, -1)
         if self.kv_f16:
             k, v = (a.astype(np.float16).astype(a.dtype) for a in (k, v))
         return self._linear(name + "output", attention(q, k, v, window=self.window).reshape(n, -1))
 
+    def _heads(self, name: str, x: Array, n: int) -> Array:
+        """Queries or keys (n_tokens, n, head_dim), normed over each head or over all, as wide as the weights are."""
+        y = self._linear(name, x)
+        weight = self.tensors.get(name + "_norm.weight")
+        if weight is not None:
+            y = rmsnorm(y.reshape(len(x), -1, weight.size), weight.reshape(-1), self.eps)
+        return y.reshape(len(x), n, self.head_dim)
+
     def _ffn(self, layer: int, x: Array) -> Array:
+        if f"blk.{layer}.ffn_gate_inp.weight" in self.tensors:
+            return self._experts(layer, x)
         gate, up = self._linear(f"blk.{layer}.ffn_gate", x), self._linear(f"blk.{layer}.ffn_up", x)
         return self._linear(f"blk.{layer}.ffn_down", glu(gate, up, self.activation))
+
+    def _experts(self, layer: int, x: Array) -> Array:
+        """Token by token: a softmax of the router's logits, and the experts that it gives most, weighted."""
+        name, out = f"blk.{layer}.ffn_", np.zeros_like(x)
+        logits = self._linear(name + "gate_inp", x)
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares = shares / shares.sum(axis=1, keepdims=True)
+        for t, row in enumerate(x):
+            chosen = np.argsort(-shares[t], kind="stable")[: self.n_used]
+            rest = np.delete(logits[t], chosen)
+            self.gap = min([self.gap, *(logits[t, chosen].min() - rest)])
+            total = shares[t, chosen].sum() if self.weights_norm else 1.0
+            for expert in chosen:
+                gate = self._linear(name + "gate_exps", row, expert)
+                h = glu(gate, self._linear(name + "up_exps", row, expert), self.activation)
+                h = np.where(np.abs(ACTIVATIONS[self.activation](gate)) >= self.threshold, h, 0)
+                out[t] += shares[t, expert] / total * self._linear(name + "down_exps", h, expert)
+                self.heat[layer, expert] += 1
+        return out
 
     def _norm(self, name: str, x: Array) -> Array:
         return rmsnorm(x, self.tensors[name + ".weight"], self.eps)
 
-    def _linear(self, name: str, x: Array) -> Array:
+    def _linear(self, name: str, x: Array, expert: int | None = None) -> Array:
         weight = self.tensors[name + ".weight"]
+        weight = weight if expert is None else weight[expert]
         if self.q8 and name + ".weight" in self.quantised:
             x = dequantise_q8(*quantise_q8(x)).astype(x.dtype)
         return x @ weight.T + self.tensors.get(name + ".bias", 0.0)
 
 
 def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16: bool = False) -> Model:
-    """Read a llama or qwen2 GGUF with gguf's reader, all tensors dequantised to dtype."""
+    """Read a llama, qwen2, qwen3moe or olmoe GGUF with gguf's reader, all tensors dequantised to dtype."""
     reader = GGUFReader(str(path))
     keys = {name: f.contents() for name, f in reader.fields.items() if len(f.data) == 1}
     arch = keys["general.architecture"]
@@ -293,7 +332,7 @@ def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16:
         rope=Rope(
             n_dims=keys.get(f"{arch}.rope.dimension_count", head_dim),
             base=keys.get(f"{arch}.rope.freq_base", 10000.0),
-            style={"llama": "norm", "qwen2": "neox"}[arch],
+            style="norm" if arch == "llama" else "neox",
             freq_scale=1.0 if kind == "none" else 1 / (factor or 1.0),
             ext_factor=1.0 if kind == "yarn" else 0.0,
             attn_factor=keys.get(f"{arch}.rope.scaling.attn_factor", 1.0),
@@ -310,6 +349,9 @@ def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16:
         quantised={t.name for t in reader.tensors if t.tensor_type not in FLOAT_TYPES},
         q8=q8,
         kv_f16=kv_f16,
+        n_used=keys.get(f"{arch}.expert_used_count", 0),
+        weights_norm=arch != "olmoe",
+        heat=np.zeros((keys[f"{arch}.block_count"], keys.get(f"{arch}.expert_count", 0)), int),
     )
 
 

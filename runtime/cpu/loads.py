@@ -21,6 +21,7 @@ from .vector import (
     join,
     load_from,
     pointer,
+    shuffle,
     splat_of,
     store_to,
 )
@@ -143,6 +144,41 @@ def store_dwords(typingctx, address, v, stride):
         return context.get_dummy_value()
 
     return types.void(types.intp, v, types.intp), codegen
+
+
+@intrinsic
+def store_quads(typingctx, address, v0, v1, v2, v3, stride):
+    """Store the 4-byte pieces of four vectors side by side: all first ones at `address`, the next at `+ stride`, ..."""
+
+    def codegen(context, builder, sig, args):
+        n = v0.n * ELEMENTS[v0.elt].width // 32 if v0.elt != "f32" else v0.n
+        rows = [builder.bitcast(v, ir.VectorType(I32, n)) for v in args[1:5]]
+        # In each quarter of 16 bytes, first pairs of pieces (0 0 1 1 and 2 2 3 3 of two vectors), then pairs of pairs.
+        low, high = ([at + i + j for at in range(0, n, 4) for i in half for j in (0, n)] for half in ((0, 1), (2, 3)))
+        first, second = ([at + i + j for at in range(0, n, 4) for j in (0, n) for i in half] for half in ((0, 1), (2, 3)))
+        quads = []
+        for pairs in (low, high):
+            a, b = shuffle(builder, rows[0], rows[1], pairs), shuffle(builder, rows[2], rows[3], pairs)
+            quads += [shuffle(builder, a, b, first), shuffle(builder, a, b, second)]
+        for i in range(n):
+            piece = shuffle(builder, quads[i % 4], quads[i % 4], range(i // 4 * 4, i // 4 * 4 + 4))
+            store_to(builder, piece, builder.add(args[0], builder.mul(args[5], I64(i))))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, v0, v1, v2, v3, types.intp), codegen
+
+
+@intrinsic
+def four_f16(typingctx, a, b, c, d):
+    """float16 at four addresses -> 4 float32 lanes."""
+
+    def codegen(context, builder, sig, args):
+        bits = ir.Constant(ir.VectorType(I16, 4), [0] * 4)
+        for i, address in enumerate(args):
+            bits = builder.insert_element(bits, load_from(builder, address, I16), I32(i))
+        return half_to_float(builder, bits)
+
+    return Vec("f32", 4)(*[types.intp] * 4), codegen
 
 
 @intrinsic(prefer_literal=True)

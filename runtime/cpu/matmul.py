@@ -38,13 +38,15 @@ def rows_fill(p: Product) -> Any:
     @inline
     def fill(w, row_bytes, first, here, n, quants, scales, minima, spare, k):
         for g in range(here):
-            for j in range(rows):
-                row = w + min(first + g * rows + j, n - 1) * row_bytes
+            for j in range(0, rows, 4):
+                r, last = first + g * rows + j, n - 1
+                r0, r1 = w + min(r, last) * row_bytes, w + min(r + 1, last) * row_bytes
+                r2, r3 = w + min(r + 2, last) * row_bytes, w + min(r + 3, last) * row_bytes
                 if quantised:
                     at = g * k * scale_bytes + j * 4
-                    unpack(row, quants + g * k * rows + j * 4, scales + at, minima + at, k)
+                    unpack(r0, r1, r2, r3, quants + g * k * rows + j * 4, scales + at, minima + at, k)
                 else:
-                    unpack(row, quants + g * k * wide + j * 4, 0, 0, k)
+                    unpack(r0, r1, r2, r3, quants + g * k * wide + j * 4, 0, 0, k)
 
     return fill
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .loads import (
-    f16_at,
     f32_at,
+    four_f16,
     load_bf16,
     load_f16,
     load_f32,
@@ -19,7 +19,8 @@ from .loads import (
     prefetch,
     put_f32,
     splat_f16,
-    store_dwords,
+    store,
+    store_quads,
 )
 from .simd import concat, fma, hsum, shl, splat_f32, splat_i32, spread, to_f32
 from .tiles import dot4, tile_dot4, tile_fma, tile_scale, tile_zero
@@ -35,8 +36,8 @@ class Product:
     """What the matmul kernel is built around.
 
     row_dot: (weights, xq, xd, xn, xs, k, ahead) -> float, one row with one token, fetching what is `ahead` bytes from
-    each weight; float types read xf at xq. unpack: (weights, quants, scales, minima, k), one row into its column of a
-    panel. multiply: (quants, scales, minima, xq, xd, xs, k) -> tile, a panel of rows with a panel of tokens. group:
+    each weight; float types read xf at xq. unpack: (four rows of weights, quants, scales, minima, k), rows into
+    neighbouring columns of a panel. multiply: (quants, scales, minima, xq, xd, xs, k) -> tile, a panel of rows with a panel of tokens. group:
     weights that share a scale in a panel, 0 for float types.
     """
 
@@ -150,13 +151,17 @@ def _plain(t: Plain) -> Product:
         return hsum(a + b)
 
     @inline
-    def unpack(p, to_q, to_d, to_m, k):
+    def unpack(p0, p1, p2, p3, to_q, to_d, to_m, k):
         for b in range(k // 32):
-            store_dwords(to_q + b * 8 * wide, quants(p), wide)
-            d = f16_at(p)
-            put_f32(to_d + b * wide, d)
-            put_f32(to_m + b * wide, f16_at(p + 2) if has_min else d * negative_offset)
-            p += size
+            store_quads(to_q + b * 8 * wide, quants(p0), quants(p1), quants(p2), quants(p3), wide)
+            d = four_f16(p0, p1, p2, p3)
+            m = four_f16(p0 + 2, p1 + 2, p2 + 2, p3 + 2) if has_min else d * splat_f32(negative_offset, 4)
+            store(to_d + b * wide, d)
+            store(to_m + b * wide, m)
+            p0 += size
+            p1 += size
+            p2 += size
+            p3 += size
 
     return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, _tile_product(32, big), 32)
 
@@ -240,22 +245,30 @@ def _super(t: Super) -> Product:
         return hsum(a + b)
 
     @inline
-    def unpack(p, to_q, to_d, to_m, k):
+    def unpack(p0, p1, p2, p3, to_q, to_d, to_m, k):
+        offset = splat_f32(negative_offset, n_sub)
         for i in range(k // 256):
             for half in range(2):
-                u0, u1, u2, u3 = quants(p, half)
+                a0, b0, c0, d0 = quants(p0, half)
+                a1, b1, c1, d1 = quants(p1, half)
+                a2, b2, c2, d2 = quants(p2, half)
+                a3, b3, c3, d3 = quants(p3, half)
                 at = to_q + (i * 64 + half * 32) * wide
-                store_dwords(at, u0, wide)
-                store_dwords(at + 8 * wide, u1, wide)
-                store_dwords(at + 16 * wide, u2, wide)
-                store_dwords(at + 24 * wide, u3, wide)
-            sc = scales_of(p)
-            store_dwords(to_d + i * n_sub * wide, sc, wide)
+                store_quads(at, a0, a1, a2, a3, wide)
+                store_quads(at + 8 * wide, b0, b1, b2, b3, wide)
+                store_quads(at + 16 * wide, c0, c1, c2, c3, wide)
+                store_quads(at + 24 * wide, d0, d1, d2, d3, wide)
+            s0, s1, s2, s3 = scales_of(p0), scales_of(p1), scales_of(p2), scales_of(p3)
+            store_quads(to_d + i * n_sub * wide, s0, s1, s2, s3, wide)
+            at = to_m + i * n_sub * wide
             if has_min:
-                store_dwords(to_m + i * n_sub * wide, minima_of(p), wide)
+                store_quads(at, minima_of(p0), minima_of(p1), minima_of(p2), minima_of(p3), wide)
             else:
-                store_dwords(to_m + i * n_sub * wide, sc * splat_f32(negative_offset, n_sub), wide)
-            p += size
+                store_quads(at, s0 * offset, s1 * offset, s2 * offset, s3 * offset, wide)
+            p0 += size
+            p1 += size
+            p2 += size
+            p3 += size
 
     return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, _tile_product(group, big), group)
 
@@ -286,13 +299,19 @@ def _float(name: str) -> Product:
         return total
 
     @inline
-    def unpack(p, to, d, m, k):
+    def unpack(p0, p1, p2, p3, to, d, m, k):
         i = 0
         while i + lanes <= k:
-            store_dwords(to + i * wide, load(p + i * size, lanes), wide)
+            at = i * size
+            v0, v1, v2, v3 = load(p0 + at, lanes), load(p1 + at, lanes), load(p2 + at, lanes), load(p3 + at, lanes)
+            store_quads(to + i * wide, v0, v1, v2, v3, wide)
             i += lanes
         while i < k:
-            put_f32(to + i * wide, scalar(p + i * size))
+            at = i * size
+            put_f32(to + i * wide, scalar(p0 + at))
+            put_f32(to + i * wide + 4, scalar(p1 + at))
+            put_f32(to + i * wide + 8, scalar(p2 + at))
+            put_f32(to + i * wide + 12, scalar(p3 + at))
             i += 1
 
     @inline

@@ -31,7 +31,7 @@ from kernel_harness import (
 
 from hotcold.formats.types import GGMLType
 from hotcold.runtime.cpu.buffers import t_panels
-from hotcold.runtime.cpu.layout import Down, Embed, MatMul, Norm, Rows, Select, Step
+from hotcold.runtime.cpu.layout import Down, Embed, MatMul, Norm, Routing, Rows, Select, Step
 from hotcold.runtime.down_t import add_down_t
 from hotcold.runtime.tensors import Tensors
 
@@ -106,6 +106,12 @@ def touch(level: str) -> None:
             product |= {name: value for name, value in fields.items() if name.startswith("x")}
             x = Buffer(np.ones((n_tok, k), np.float32))
             run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=n_tok)
+            # The same rows as those of the last expert.
+            routing = np.zeros(len(Routing), np.int64)
+            routing[Routing.experts // 8] = 1
+            two = Buffer(np.concatenate([raw, raw]), before_a_forbidden_page)
+            lists = {"w": two, "routing": Buffer(routing), "items": Buffer(np.array([1, 0, n_tok])), "pairs": 0}
+            run(level, pack_op(x, fields), Op(f"experts:{kind}", MatMul, {**shared, **product, **lists}), n_tok=n_tok)
         own = {"out": Buffer.full((1, k)), "gain": 1.0, "at": Step.ids}
         embed = Op(f"embed:{kind}", Embed, {**shared, **own})
         run(level, embed, n_tok=1, ids=Buffer(np.array([4], np.int32)))
