@@ -57,7 +57,7 @@ def slab(p: Product, fill: Any) -> tuple[Any, Any]:
     The second: (args, tile, w, first row, row panels, xq, xd, xs, xf, out, tokens); xs: of the sums, those that the
     type's groups need; tile: the address of the thread's scratch.
     """
-    multiply, quantised, group = p.multiply, p.group > 0, p.group
+    multiply, multiply_half, quantised, group = p.multiply, p.multiply_half, p.group > 0, p.group
     rows, tokens, wide, lanes = LANES, TOKENS, WIDE, LANES
     args_of = MatMul
     scale_bytes = 4 * LANES // group if group else 0  # of the scales, a weight column
@@ -73,9 +73,9 @@ def slab(p: Product, fill: Any) -> tuple[Any, Any]:
         put_f32(out, value)
 
     @inline
-    def write_tile(args, tile_at, out, stride, r0, n, t0, n_tok):
+    def write_tile(args, tile_at, out, stride, r0, n, t0, count):
         bias, add = i64_at(args + args_of.bias), i64_at(args + args_of.add)
-        for t in range(min(tokens, n_tok - t0)):
+        for t in range(count):
             target = out + ((t0 + t) * stride + r0) * 4
             if r0 + rows <= n:
                 v = load_f32(tile_at + t * wide, lanes)
@@ -99,22 +99,19 @@ def slab(p: Product, fill: Any) -> tuple[Any, Any]:
         spare = minima + panels * k * scale_bytes
         fill(w, row_bytes, first, here, n, quants, scales, minima, spare, k)
         for t0 in range(0, n_tok, tokens):
-            p = t0 // tokens
+            if quantised:
+                x, d, s = xq + t0 * k, xd + t0 * (k // 32) * 4, xs + t0 * (k // group) * 4
+            else:
+                x, d, s = xf + t0 * k * 4, 0, 0
+            rest = min(tokens, n_tok - t0)
             for g in range(here):
-                if quantised:
-                    tile = multiply(
-                        quants + g * k * rows,
-                        scales + g * k * scale_bytes,
-                        minima + g * k * scale_bytes,
-                        xq + p * k * tokens,
-                        xd + p * (k // 32) * tokens * 4,
-                        xs + p * (k // group) * tokens * 4,
-                        k,
-                    )
+                panel = quants + g * k * (rows if quantised else wide)
+                scale, minimum = scales + g * k * scale_bytes, minima + g * k * scale_bytes
+                if rest > tokens // 2:
+                    tile_store(tile_at, multiply(panel, scale, minimum, x, d, s, k), wide)
                 else:
-                    tile = multiply(quants + g * k * wide, 0, 0, xf + p * k * tokens * 4, 0, 0, k)
-                tile_store(tile_at, tile, wide)
-                write_tile(args, tile_at, out, stride, first + g * rows, n, t0, n_tok)
+                    tile_store(tile_at, multiply_half(panel, scale, minimum, x, d, s, k), wide)
+                write_tile(args, tile_at, out, stride, first + g * rows, n, t0, rest)
 
     return put, tiles
 

@@ -28,7 +28,7 @@ from .vector import LANES, WIDE
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
 
 TOKENS = 8 if WIDE == 64 else 4  # tokens in a register tile
-AHEAD = 8192  # bytes that row products prefetch ahead: two pages, where the hardware's own stops at one
+AHEAD = 8192  # bytes of weights to prefetch ahead: two pages, where the hardware's own stops at one
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,15 @@ class Product:
 
     row_dot: (weights, xq, xd, xn, xs, k, ahead) -> float, one row with one token, fetching what is `ahead` bytes from
     each weight; float types read xf at xq. unpack: (four rows of weights, quants, scales, minima, k), rows into
-    neighbouring columns of a panel. multiply: (quants, scales, minima, xq, xd, xs, k) -> tile, a panel of rows with a panel of tokens. group:
-    weights that share a scale in a panel, 0 for float types.
+    neighbouring columns of a panel. multiply: (quants, scales, minima, xq, xd, xs, k) -> tile, a panel of rows with a
+    panel of tokens; multiply_half: with the first half of them, which gives the same numbers. group: weights that
+    share a scale in a panel, 0 for float types.
     """
 
     row_dot: Any
     unpack: Any
     multiply: Any
+    multiply_half: Any
     group: int
 
 
@@ -56,17 +58,17 @@ def product(name: str) -> Product:
     return _float(name)
 
 
-def _tile_product(group: int, big: bool) -> Any:
-    """Product of a panel of rows and a panel of tokens, scales one a `group` of weights."""
+def _tile_product(group: int, big: bool, count: int) -> Any:
+    """Product of a panel of rows and the first tokens of a panel, scales one a `group` of weights."""
     tokens, wide, lanes = TOKENS, WIDE, LANES
     quads = group // 4
     x_step = 1 if group == 32 else 2  # groups that share one activation scale
 
     @inline
     def multiply(quants, scales, minima, xq, xd, xs, k):
-        total = tile_zero(splat_f32(0.0, lanes), tokens)
+        total = tile_zero(splat_f32(0.0, lanes), count)
         for b in range(k // group):
-            sums = tile_zero(splat_i32(0, lanes), tokens)
+            sums = tile_zero(splat_i32(0, lanes), count)
             for i in range(quads):
                 at = b * quads + i
                 sums = tile_dot4(sums, load_i8(quants + at * wide, wide), xq + at * 4 * tokens, big)
@@ -97,7 +99,7 @@ def _accumulate(lanes: int, has_min: bool, offset: int, big: bool) -> Any:
 def _plain(t: Plain) -> Product:
     size, quants, pair, big, has_min = t.n_bytes, t.quants, t.pair, t.big, t.has_min
     negative_offset = -float(t.offset)
-    wide = WIDE
+    wide, far = WIDE, AHEAD
     two, four = 2 * size, 4 * size
 
     add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
@@ -153,6 +155,11 @@ def _plain(t: Plain) -> Product:
     @inline
     def unpack(p0, p1, p2, p3, to_q, to_d, to_m, k):
         for b in range(k // 32):
+            if b % 2 == 0:
+                prefetch(p0 + far, two)
+                prefetch(p1 + far, two)
+                prefetch(p2 + far, two)
+                prefetch(p3 + far, two)
             store_quads(to_q + b * 8 * wide, quants(p0), quants(p1), quants(p2), quants(p3), wide)
             d = four_f16(p0, p1, p2, p3)
             m = four_f16(p0 + 2, p1 + 2, p2 + 2, p3 + 2) if has_min else d * splat_f32(negative_offset, 4)
@@ -163,7 +170,8 @@ def _plain(t: Plain) -> Product:
             p2 += size
             p3 += size
 
-    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, _tile_product(32, big), 32)
+    multiply, multiply_half = (_tile_product(32, big, count) for count in (TOKENS, TOKENS // 2))
+    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, multiply, multiply_half, 32)
 
 
 def _super(t: Super) -> Product:
@@ -177,7 +185,7 @@ def _super(t: Super) -> Product:
         t.group,
     )
     negative_offset = -float(t.offset)
-    wide = WIDE
+    wide, far = WIDE, AHEAD
     n_sub = 256 // group
     repeat = group // 4  # lanes that share a scale
 
@@ -248,6 +256,10 @@ def _super(t: Super) -> Product:
     def unpack(p0, p1, p2, p3, to_q, to_d, to_m, k):
         offset = splat_f32(negative_offset, n_sub)
         for i in range(k // 256):
+            prefetch(p0 + far, size)
+            prefetch(p1 + far, size)
+            prefetch(p2 + far, size)
+            prefetch(p3 + far, size)
             for half in range(2):
                 a0, b0, c0, d0 = quants(p0, half)
                 a1, b1, c1, d1 = quants(p1, half)
@@ -270,14 +282,15 @@ def _super(t: Super) -> Product:
             p2 += size
             p3 += size
 
-    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, _tile_product(group, big), group)
+    multiply, multiply_half = (_tile_product(group, big, count) for count in (TOKENS, TOKENS // 2))
+    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, multiply, multiply_half, group)
 
 
 def _float(name: str) -> Product:
     size = FLOAT[name]
     load = {"F32": load_f32, "F16": load_f16, "BF16": load_bf16}[name]
-    lanes, wide, tokens = LANES, WIDE, TOKENS
-    step = 2 * LANES * size
+    lanes, wide, tokens, far = LANES, WIDE, TOKENS, AHEAD
+    vector, step = LANES * size, 2 * LANES * size
 
     @inline
     def scalar(p):
@@ -303,6 +316,10 @@ def _float(name: str) -> Product:
         i = 0
         while i + lanes <= k:
             at = i * size
+            prefetch(p0 + at + far, vector)
+            prefetch(p1 + at + far, vector)
+            prefetch(p2 + at + far, vector)
+            prefetch(p3 + at + far, vector)
             v0, v1, v2, v3 = load(p0 + at, lanes), load(p1 + at, lanes), load(p2 + at, lanes), load(p3 + at, lanes)
             store_quads(to + i * wide, v0, v1, v2, v3, wide)
             i += lanes
@@ -314,11 +331,14 @@ def _float(name: str) -> Product:
             put_f32(to + i * wide + 12, scalar(p3 + at))
             i += 1
 
-    @inline
-    def multiply(panel, d, m, x, xd, xs, k):
-        total = tile_zero(splat_f32(0.0, lanes), tokens)
-        for i in range(k):
-            total = tile_fma(total, load_f32(panel + i * wide, lanes), x + i * 4 * tokens)
-        return total
+    def of_tokens(count: int) -> Any:
+        @inline
+        def multiply(panel, d, m, x, xd, xs, k):
+            total = tile_zero(splat_f32(0.0, lanes), count)
+            for i in range(k):
+                total = tile_fma(total, load_f32(panel + i * wide, lanes), x + i * 4 * tokens)
+            return total
 
-    return Product(row_dot, unpack, multiply, 0)
+        return multiply
+
+    return Product(row_dot, unpack, of_tokens(tokens), of_tokens(tokens // 2), 0)

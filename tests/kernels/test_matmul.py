@@ -109,6 +109,18 @@ def test_threads_and_chunks_change_nothing(level: str, kind: str) -> None:
             np.testing.assert_array_equal(alone, multiply(level, kind, raw, x, n_threads, chunk=chunk, panels=panels))
 
 
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_last_panels_tokens_change_nothing(level: str, kind: str) -> None:
+    """However few tokens the last panel has, each gets what it gets among many."""
+    rng = np.random.default_rng(7)
+    k = widths(kind)[-1]
+    raw, x = weights(kind, 21, k, rng), inputs(kind, 16, k, rng)
+    many = multiply(level, kind, raw, x)
+    for n_tok in range(8, 16):
+        np.testing.assert_array_equal(multiply(level, kind, raw, x[:n_tok]), many[:n_tok])
+
+
 @pytest.mark.parametrize("kind", QUANTS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_extreme_quants(level: str, kind: str) -> None:
