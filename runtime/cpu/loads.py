@@ -154,8 +154,9 @@ def store_quads(typingctx, address, v0, v1, v2, v3, stride):
         n = v0.n * ELEMENTS[v0.elt].width // 32 if v0.elt != "f32" else v0.n
         rows = [builder.bitcast(v, ir.VectorType(I32, n)) for v in args[1:5]]
         # In each quarter of 16 bytes, first pairs of pieces (0 0 1 1 and 2 2 3 3 of two vectors), then pairs of pairs.
-        low, high = ([at + i + j for at in range(0, n, 4) for i in half for j in (0, n)] for half in ((0, 1), (2, 3)))
-        first, second = ([at + i + j for at in range(0, n, 4) for j in (0, n) for i in pair] for pair in ((0, 1), (2, 3)))
+        halves, ats = ((0, 1), (2, 3)), range(0, n, 4)
+        low, high = ([at + i + j for at in ats for i in half for j in (0, n)] for half in halves)
+        first, second = ([at + i + j for at in ats for j in (0, n) for i in half] for half in halves)
         quads = []
         for pairs in (low, high):
             a, b = shuffle(builder, rows[0], rows[1], pairs), shuffle(builder, rows[2], rows[3], pairs)
