@@ -87,11 +87,14 @@ class Architecture:
     (i, i + rope_dim/2), "" nothing.
     gated: h = act(gate) * up, or else act(up). parallel: attention and FFN read the same residual: "yes", "key" (the
     file's use_parallel_residual says, by default so), "no ffn_norm" (where that is missing), or "".
-    window_every: each n-th layer has no sliding window (1: none has one); 0: all have. local_base: rope base of layers
-    with a window, which have no scaling either; 0: as all. embd_scale: "" or "sqrt" (of n_embd). wide_heads: block
+    window: tokens of the sliding window, where the file does not say. window_every: each n-th layer has none (1: none
+    has one); 0: all have. local_base: rope base of layers with a window, which have no scaling either; 0: as all.
+    local_plain: the same base there, but no scaling. embd_scale: "" or "sqrt" (of n_embd). wide_heads: block
     counts of the sizes whose attention is scaled by n_embd / n_head instead of the head size. weights_norm: the chosen
     experts' weights are made to sum to 1. softcaps: of attention scores and logits, where the file does not say; 0:
-    none. divides_logits: by logit_scale, instead of multiplying them. hf: Hugging Face's side.
+    none. divides_logits: by logit_scale, instead of multiplying them. mixes: the rules of
+    llama-quantize's that are for this family: "falcon" (its own), "70B" (more bits for attn_v of 80 layers) or "". hf:
+    Hugging Face's side.
     """
 
     name: str
@@ -104,11 +107,14 @@ class Architecture:
     activation: str = "silu"
     gated: bool = True
     parallel: str = ""
+    window: int = 0
     window_every: int = 0
     local_base: float = 0.0
+    local_plain: bool = False
     embd_scale: str = ""
     wide_heads: tuple[int, ...] = ()
     weights_norm: bool = True
     softcaps: tuple[float, float] = (0.0, 0.0)
     divides_logits: bool = False
+    mixes: str = ""
     hf: Checkpoint = field(kw_only=True)

@@ -48,6 +48,8 @@ _TWO_LAYER_NORMS = both(_LAYER_NORMS, FFN_NORM, FFN_NORM_BIAS)
 _LAYER_BLOCK = both(_TWO_LAYER_NORMS, QKV, OUT)
 _LLAMA = both(OUTPUT_NORM, LLAMA_BLOCK)
 
+_GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # null in config.json means none
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     row.name: row
     for row in (
@@ -58,8 +60,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS, GATED_BIAS),
             (GATED, EXPERTS),
             rope="norm",
+            mixes="70B",
             hf=Checkpoint(
-                ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"), windows="all"
+                ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
+                windows="all",
+                windowed=("MistralForCausalLM", "MixtralForCausalLM"),
+                class_defaults={"MistralForCausalLM": {"sliding_window": 4096}},
             ),
         ),
         # SJTU's Bamboo is Mistral with ReLU on gate and up; only PowerInfer's llama.cpp names it.
@@ -79,6 +85,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             both(_LLAMA, QKV_BIAS),
             (OUTPUT, ROPE_FREQS),
             (GATED,),
+            mixes="70B",
             hf=Checkpoint(("Qwen2ForCausalLM",), windows="late", defaults={"max_window_layers": 28}),
         ),
         Architecture(
@@ -108,7 +115,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             (OUTPUT,),
             (EXPERTS,),
             weights_norm=False,
-            hf=Checkpoint(("OlmoeForCausalLM",), own_output=True, only={"clip_qkv": None}),
+            hf=Checkpoint(
+                ("OlmoeForCausalLM",),
+                own_output=True,
+                defaults={"rms_norm_eps": 1e-5, "norm_topk_prob": False},
+                only={"clip_qkv": None},
+            ),
         ),
         Architecture(
             "gemma2",
@@ -117,6 +129,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             (OUTPUT,),
             (GATED,),
             activation="gelu",
+            window=4096,
             window_every=2,
             embd_scale="sqrt",
             wide_heads=(46,),
@@ -128,7 +141,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 norm_offset=1.0,
                 windows="pattern",
                 attn_scale=("query_pre_attn_scalar", -0.5),
-                defaults={"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096},
+                defaults={"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096, **_GEMMA2_CAPS},
                 only={"use_bidirectional_attention": False},
             ),
         ),
@@ -208,8 +221,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             activation="gelu_erf",
             gated=False,
             parallel="yes",
+            mixes="falcon",
             hf=Checkpoint(
-                ("FalconForCausalLM", "RWForCausalLM"),
+                ("FalconForCausalLM",),
                 FALCON_NAMES,
                 prefix="transformer.",
                 tied=True,
@@ -304,6 +318,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             both(OUTPUT_NORM, QKV, OUT, WHOLE_NORMS, POST_NORMS),
             (OUTPUT,),
             (GATED,),
+            window_every=4,
+            local_plain=True,
             hf=Checkpoint(
                 ("Olmo2ForCausalLM",),
                 llama_names(
@@ -320,7 +336,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             (GATED,),
             rope="norm",
             divides_logits=True,
-            hf=Checkpoint(("GraniteForCausalLM",), attn_scale=("attention_multiplier", 1.0)),
+            hf=Checkpoint(
+                ("GraniteForCausalLM",),
+                attn_scale=("attention_multiplier", 1.0),
+                defaults={"attention_multiplier": 1.0},
+            ),
         ),
         Architecture(
             "nemotron",

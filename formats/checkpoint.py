@@ -36,13 +36,15 @@ class HFCheckpoint:
             raise ModelNotFoundError(f"{folder}: there is no config.json: it is no Hugging Face checkpoint")
         self.folder, config = folder, read_json(path)
         self.row, wrapped = _row(path, config)
+        name = config["architectures"][0]
+        _refuse_quantised(path, config)
         if wrapped:
             config = _text_settings(path, config)
-        said = Settings(path, config, self.row.hf.defaults)
+        said = Settings(path, config, {**self.row.hf.defaults, **self.row.hf.class_defaults.get(name, {})})
         n_vocab = said.integer("vocab_size")
         if n_vocab is None:
             raise said.error("vocab_size", "nothing", "the number of tokens")
-        own, made, self.notes = architecture_keys(self.row, said)
+        own, made, self.notes = architecture_keys(self.row, name, said)
         tied = said.flag("tie_word_embeddings", True) if "tie_word_embeddings" in said.values else None
         self.weights = Weights(folder)
         if wrapped:
@@ -89,6 +91,13 @@ def _row(path: Path, config: dict[str, Any]) -> tuple[Architecture, bool]:
         supported = ", ".join(sorted(classes))
         raise UnsupportedError(f"{path}: the architecture {show(said[0])} is not supported; supported: {supported}")
     return classes[said[0]]
+
+
+def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
+    for name in ("quantization_config", "quantization"):  # the second is MLX's
+        if config.get(name):
+            what = f"a quantised checkpoint ({name}) cannot be converted; take the original one"
+            raise UnsupportedError(f"{path}: {what}")
 
 
 def _text_settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:

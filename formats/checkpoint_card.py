@@ -94,7 +94,7 @@ def _sampling(folder: Path) -> dict[str, Any]:
             error = FormatError(path, f"setting {show(name)}", show(value), "a number")
             found[f"general.sampling.{key}"] = as_number(value, lambda _, error=error: error)  # type: ignore[misc]
     if (top_k := said.get("top_k")) is not None:
-        if type(top_k) is not int or not 0 <= top_k < 2**31:
+        if type(top_k) is not int or not -1 <= top_k < 2**31:
             raise FormatError(path, "setting 'top_k'", show(top_k), "an integer")
-        found["general.sampling.top_k"] = top_k
+        found["general.sampling.top_k"] = max(top_k, 0)  # -1 is how some say "all", which is 0 here
     return found

@@ -17,16 +17,17 @@ MAX_LAYERS = 100_000  # before the tensors have said how many there really are
 MAX_HEAD = 65536
 
 
-def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str, NDArray[np.float32]], list[str]]:
-    """{arch}.* keys without that prefix, the tensors that settings stand for, and notes for the person."""
+def architecture_keys(
+    row: Architecture, name: str, said: Settings
+) -> tuple[Keys, dict[str, NDArray[np.float32]], list[str]]:
+    """{arch}.* keys without that prefix, the tensors that settings stand for, and notes for the person.
+
+    name: the model's class.
+    """
     hf = row.hf
-    for name, wanted in hf.only.items():
-        if said.values.get(name, wanted) not in (wanted, None):
-            raise said.unsupported(f"{name} = {show(said.values[name])} is not supported, only {wanted}")
-    if said.values.get("quantization_config"):
-        raise said.unsupported(
-            "a quantised checkpoint (quantization_config) cannot be converted; take the original one"
-        )
+    for setting, wanted in hf.only.items():
+        if said.values.get(setting, wanted) not in (wanted, None):
+            raise said.unsupported(f"{setting} = {show(said.values[setting])} is not supported, only {wanted}")
     keys: Keys = {}
     for key, names in INTEGERS.items():
         value = said.integer(*names, low=0 if key.startswith("expert") else 1) or None
@@ -41,7 +42,7 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
             raise said.error(INTEGERS[key][0], "nothing", f"it, for {row.name}.{key}")
     n_embd, n_head = keys["embedding_length"], keys["attention.head_count"]
     keys["attention.head_count_kv"] = _kv_heads(row, said, n_head, keys["attention.head_count_kv"])
-    head_dim = said.integer("head_dim")
+    head_dim = said.integer("head_dim", "kv_channels")
     if head_dim is None and n_embd % n_head:
         raise said.error(INTEGERS["attention.head_count"][0], n_head, f"a divisor of {n_embd}, the embedding's length")
     head_dim = head_dim or n_embd // n_head
@@ -59,7 +60,8 @@ def architecture_keys(row: Architecture, said: Settings) -> tuple[Keys, dict[str
     for key, usual in (("attn_logit_softcapping", row.softcaps[0]), ("final_logit_softcapping", row.softcaps[1])):
         if usual and key not in keys:
             keys[key] = 0.0
-    keys |= _windows(row, said, keys["block_count"])
+    if name in hf.windowed or not hf.windowed:
+        keys |= _windows(row, said, keys["block_count"])
     keys |= _attention_scale(row, said, head_dim, keys)
     if row.parallel == "key" or "use_parallel_residual" in said.values:
         keys["use_parallel_residual"] = said.flag("use_parallel_residual", True)
@@ -113,7 +115,7 @@ def _windows(row: Architecture, said: Settings, n_layer: int) -> Keys:
     window = said.integer("sliding_window", low=0) or 0
     kind = row.hf.windows
     if not window or not kind or (kind == "late" and not said.flag("use_sliding_window", False)):
-        return {}
+        return {"attention.sliding_window": 0} if row.window else {}
     types = said.values.get("layer_types")
     if types is not None:
         known = ("full_attention", "sliding_attention")

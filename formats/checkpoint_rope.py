@@ -13,6 +13,7 @@ from .checkpoint_terms import ROPE_BASE, ROTATED_PART
 from .gguf_header import show
 
 _PLAIN = ("default", "none", "")
+_NO_SCALING = {"rope_theta", "partial_rotary_factor", "rope_type", "type"}  # what may be said without a kind of scaling
 
 
 class Rope:
@@ -44,6 +45,8 @@ class Rope:
         if not isinstance(kind, str):
             raise said.error("rope_scaling.rope_type", show(kind), "a word")
         if kind in _PLAIN:
+            if not kind and (more := scaling.keys() - _NO_SCALING):
+                raise said.error("rope_scaling", f"{show(min(more))} without a rope_type", "a rope_type")
             return
         made = {
             "linear": self.linear,
@@ -93,7 +96,10 @@ class Rope:
 
         default = mscale(1.0)
         if self.scaling.get("mscale") and self.scaling.get("mscale_all_dim"):
-            default = mscale(self.number("mscale")) / mscale(self.number("mscale_all_dim"))
+            below = mscale(self.number("mscale_all_dim"))
+            if below <= 0.0:
+                raise self.said.error("rope_scaling.mscale_all_dim", self.scaling["mscale_all_dim"], "a number from 0")
+            default = mscale(self.number("mscale")) / below
         self.keys |= {
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": factor,
@@ -102,7 +108,7 @@ class Rope:
         # Readers multiply by 1 + 0.1 ln(factor) themselves.
         extra = self.number("attention_factor", default) / mscale(1.0)
         if not math.isclose(extra, 1.0, rel_tol=1e-6):
-            self.keys["rope.scaling.yarn_attn_factor"] = extra
+            self.keys["rope.scaling.attn_factor"] = extra
         for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             if (value := self.number(name, usual) or usual) != usual:
                 self.keys[f"rope.scaling.yarn_{name}"] = value

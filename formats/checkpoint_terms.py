@@ -29,7 +29,7 @@ NUMBERS: Names = {
 }
 EPSILON = {"rms": ("rms_norm_eps",), "layer": ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")}
 ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activation")
-ROTATED_PART = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rope_percent")
+ROTATED_PART = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rope_percent", "rope_percentage")
 ROPE_BASE = ("rope_theta", "rotary_emb_base")
 
 ACTIVATIONS: Mapping[str, str] = {
@@ -53,16 +53,17 @@ class Checkpoint:
     """The Hugging Face side of an architecture.
 
     classes: what config.json calls it (`architectures`). names: tensors. prefix: of the model's body, which some
-    checkpoints leave out. tied: the embedding is the output too, unless config.json says otherwise; own_output: other
-    readers want a tensor for the output even so. norm_offset: added to the weights of norms. reordered: stem -> how its
-    values lie: "transposed"; "grouped" (fused rows by K/V head: its queries, key, value); "offset" (two rows before the
-    first position). ignored: tensors that hold no weights of ours (names, or beginnings that end in a dot). windows:
-    which layers have the window: "" none, "all", "pattern" (all but each n-th), "late" (from max_window_layers on, if
-    use_sliding_window). attn_scale: setting and power that scale attention's scores. one_kv_head: the setting that
-    means it, and another that overrules. defaults: settings of config.json where it has none; ff_multiple: FFN width
-    then, of n_embd. only: settings of which one value is supported. activated: whether config.json names the FFN's
-    activation. keys: further {arch}.* keys. wrapped: classes of models for text and pictures, whose text part this is:
-    settings in text_config, names of tensors below WRAPPED.
+    checkpoints leave out. tied: the embedding is the output too, unless config.json says otherwise; own_output:
+    other readers want a tensor for the output even so. norm_offset: added to the weights of norms. reordered: stem
+    -> how its values lie: "transposed"; "grouped" (fused rows by K/V head: its queries, key, value); "offset" (two
+    rows before the first position). ignored: tensors that hold no weights of ours (names, or beginnings that end in
+    a dot). windows: which layers have the window: "" none, "all", "pattern" (all but each n-th), "late" (from
+    max_window_layers on, if use_sliding_window); windowed: the classes of which that is true, () all. attn_scale:
+    setting and power that scale attention's scores. one_kv_head: the setting that means it, and another that
+    overrules. defaults: settings of config.json where it has none, class_defaults: of one class; ff_multiple: FFN
+    width then, of n_embd. only: settings of which one value is supported. activated: whether config.json names the
+    FFN's activation. keys: further {arch}.* keys. wrapped: classes of models for text and pictures, whose text part
+    this is: settings in text_config, names of tensors below WRAPPED.
     """
 
     classes: tuple[str, ...]
@@ -74,9 +75,11 @@ class Checkpoint:
     reordered: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     windows: str = ""
+    windowed: tuple[str, ...] = ()
     attn_scale: tuple[str, float] = ("", 1.0)
     one_kv_head: tuple[str, str] = ("", "")
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    class_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ff_multiple: int = 0
     only: Mapping[str, Any] = field(default_factory=dict)
     activated: bool = True

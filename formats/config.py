@@ -178,7 +178,7 @@ class _Reader:
             activation=self.activation(),
             tensors=frozenset(model) | unfused(block),
             whole_head_norms=block.get("attn_q_norm.weight") == WHOLE_NORMS["attn_q_norm.weight"],
-            local_base=self.number("rope.freq_base_swa", row.local_base, 2.0, 1e30) if row.local_base else 0.0,
+            local_base=self.local_base(windows),
             gated=row.gated,
             parallel=self.parallel(block),
             embd_scale=self.number("embedding_scale", math.sqrt(n_embd) if row.embd_scale else 1.0, 1e-6, 1e6),
@@ -195,6 +195,13 @@ class _Reader:
         self.check_tensors(config, model, block)
         file.rows = fused_rows(file, block, self.n_layer, self.sizes(config))
         return config
+
+    def local_base(self, windows: tuple[int, ...]) -> float:
+        """The rope base of layers with a window, if their rotations are not those of the others."""
+        if not any(windows) or not (self.row.local_base or self.row.local_plain):
+            return 0.0
+        usual = self.row.local_base or self.number("rope.freq_base", 10000.0, 2.0, 1e30)
+        return self.number("rope.freq_base_swa", usual, 2.0, 1e30)
 
     def experts(self, block: Group) -> tuple[int, int, int]:
         """How many experts there are, how many a token uses, and the neurons of one (0, 0 and all without experts)."""
@@ -276,7 +283,7 @@ class _Reader:
 
     def windows(self) -> tuple[int, ...]:
         """Each layer's sliding window; by the row which layers have one, if the file does not say."""
-        window = self.integer("attention.sliding_window", 0, 0)
+        window = self.integer("attention.sliding_window", 0, self.row.window)
         key = f"{self.row.name}.attention.sliding_window_pattern"
         said = self.file.metadata.get(key)
         if isinstance(said, np.ndarray) and said.dtype == bool:
@@ -288,7 +295,11 @@ class _Reader:
 
     def rope_scaling(self, n_ctx_train: int) -> RopeScaling:
         prefix = f"{self.row.name}.rope.scaling"
-        kind = self.file.get(f"{prefix}.type", "linear", str)
+        factors = "rope_factors_long.weight" in self.file.tensors
+        # llama.cpp's converter of Phi-3 writes the factors and no type.
+        kind = self.file.get(f"{prefix}.type", "longrope" if factors else "linear", str)
+        if factors and kind != "longrope":
+            raise self.unsupported(f"rope factors with a scaling of type {show(kind)} are not supported")
         if kind not in _SCALING_KINDS:
             supported = ", ".join(_SCALING_KINDS)
             raise self.unsupported(f"rope scaling type {show(kind)} is not supported; supported: {supported}")
@@ -306,15 +317,23 @@ class _Reader:
             return RopeScaling(kind, factor if kind == "linear" else 1.0, n_ctx_train, attn_factor=attn)
         if self.file.get(f"{prefix}.yarn_log_multiplier", 0.0, float) != 0.0:
             raise self.unsupported("rope scaling with a yarn_log_multiplier is not supported")
+        self.check_magnitude(1.0 + 0.1 * math.log(factor))
         return RopeScaling(
             kind,
             factor,
             orig_ctx=self.integer("rope.scaling.original_context_length", 1, n_ctx_train),
             ext_factor=self.number("rope.scaling.yarn_ext_factor", 1.0, 0.0, 1e6),
-            attn_factor=attn * self.number("rope.scaling.yarn_attn_factor", 1.0, 1e-6, 1e6),
+            attn_factor=attn,
             beta_fast=self.number("rope.scaling.yarn_beta_fast", 32.0, 1e-6, 1e6),
             beta_slow=self.number("rope.scaling.yarn_beta_slow", 1.0, 1e-6, 1e6),
         )
+
+    def check_magnitude(self, usual: float) -> None:
+        """yarn_attn_factor is Hugging Face's whole factor where converters write it, and llama.cpp does not heed it."""
+        said = self.number("rope.scaling.yarn_attn_factor", 1.0, 1e-6, 1e6)
+        if said != 1.0 and not math.isclose(said, usual, rel_tol=1e-3):
+            key = f"{self.row.name}.rope.scaling.yarn_attn_factor"
+            raise self.unsupported(f"{key} = {said:g} is not supported, only the usual {usual:g} (or 1)")
 
     def activation(self) -> str:
         """The FFN's activation function: what the file says, or else what the family has."""

@@ -34,8 +34,7 @@ def tokenizer_fields(folder: Path, n_vocab: int, config: Mapping[str, Any]) -> d
     for a kind of tokenizer that a GGUF file cannot hold. Nothing of the folder is ever run or unpickled.
     """
     settings = _optional(folder / "tokenizer_config.json")
-    text = config.get("text_config")
-    model_type = str((text if isinstance(text, Mapping) else config).get("model_type", ""))
+    model_type = str(config.get("model_type", ""))
     found = read_vocabulary(folder, settings, model_type.removesuffix("_text"))
     strips = _add_tokens(found, folder, settings, n_vocab)
     last = max(found.tokens, default=0)
@@ -119,7 +118,7 @@ def _added(
     known = set()
     path, decoder = folder / "tokenizer_config.json", settings.get("added_tokens_decoder")
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
-        id = _id(path, int(key) if key.isdigit() else key)
+        id = _id(path, int(key) if key.isdecimal() else key)
         known.add(id)
         yield path, id, token if isinstance(token, dict) else {"content": token}
     path = folder / "added_tokens.json"
@@ -163,9 +162,8 @@ def _special_ids(
 ) -> dict[str, Value]:
     """The ids of special tokens, and whether a text gets BOS and EOS."""
     texts = (settings, _optional(folder / "special_tokens_map.json"))
-    inner = config.get("text_config")
     generation = _optional(folder / "generation_config.json")
-    numbers = (config, inner if isinstance(inner, Mapping) else {}, generation)
+    numbers = (config, generation)
     around = {"bos": found.begins, "eos": found.ends}
     chosen: dict[str, int] = {}
     for name, theirs in _NAMED.items():

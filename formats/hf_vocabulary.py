@@ -14,6 +14,7 @@ from .errors import FormatError, UnsupportedError
 from .pre_tokenizers import PRE_TOKENIZERS, name_of
 from .vocabulary import BYTE, NORMAL, OWN_IGNORE_MERGES, OWN_NFC, OWN_SPACE_PREFIX, UNKNOWN, USER_DEFINED
 
+_LONGEST = 4096  # characters of a token: looking for its merges takes their square
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # Slow tokenizers without a tokenizer.json cut in their class's code (transformers' convert_slow_tokenizer.py).
 _BYTE_LEVEL: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
@@ -45,7 +46,10 @@ class HFVocabulary:
 def read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]] = dict) -> Any:
     """A JSON file whose top is a `kind`; FormatError for anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a pair, which no file can hold as UTF-8
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(path, "JSON", " ".join(str(error).split()) or "too deep", "a readable JSON file") from None
     if not isinstance(value, kind):
@@ -177,6 +181,8 @@ def _scores(found: HFVocabulary, pairs: list[tuple[str, str]]) -> dict[int, floa
     known = set(pairs)
     special = {str(token.get("content")) for token in found.added}
     plain = {token for id, token in found.tokens.items() if found.types[id] == NORMAL} - special
+    if plain and (longest := max(map(len, plain))) > _LONGEST:
+        raise FormatError(found.path, "vocab", f"a token of {longest} characters", f"at most {_LONGEST}")
     splits = ((token[:i], token[i:]) for token in plain for i in range(1, len(token)))
     missing = next((pair for pair in splits if pair[0] in plain and pair[1] in plain and pair not in known), None)
     if missing or any(last[a] > first[b] for a, b in pairwise(order)):

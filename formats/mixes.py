@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from .architectures import ARCHITECTURES
 from .errors import ParameterError
 from .types import GGMLType
 
@@ -33,12 +36,9 @@ class Facts:
 
         def number(key: str, default: int = 0) -> int:
             value = metadata.get(f"{arch}.{key}", default)
-            if isinstance(value, str):
-                return default
-            try:  # an array has one entry a layer
-                return int(value)
-            except (TypeError, ValueError):
-                return int(value[0]) if len(value) else default
+            if isinstance(value, np.ndarray) and value.size:  # one entry a layer
+                value = value.flat[0].item()
+            return value if type(value) is int else default
 
         n_head = number("attention.head_count")
         return cls(
@@ -50,6 +50,11 @@ class Facts:
             "output.weight" not in tensors,
             importance,
         )
+
+    @property
+    def rules(self) -> str:
+        """Which rules the family has (Architecture.mixes)."""
+        return ARCHITECTURES[self.arch].mixes if self.arch in ARCHITECTURES else ""
 
     @property
     def n_gqa(self) -> int:
@@ -228,7 +233,6 @@ _KEPT = (
 )
 # What stands in for a type whose blocks do not divide a row; F16 where these do not either.
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_SEVENTY = ("llama", "qwen2")  # families that have a model of 80 layers whose eight heads share values
 
 
 def find(name: str) -> Mix:
@@ -302,7 +306,7 @@ def fitting(kind: GGMLType, k: int) -> GGMLType:
 
 
 def _output(base: GGMLType, k: int, facts: Facts) -> GGMLType:
-    if facts.arch == "falcon" or k % base.block_size or base == GGMLType.Q8_0:
+    if facts.rules == "falcon" or k % base.block_size or base == GGMLType.Q8_0:
         return GGMLType.Q8_0
     return GGMLType.Q6_K
 
@@ -310,15 +314,15 @@ def _output(base: GGMLType, k: int, facts: Facts) -> GGMLType:
 def _by_rules(mix: Mix, name: str, facts: Facts) -> GGMLType:
     what = next((kind for part, kind in _KINDS.items() if part in name), "")
     layer = _layer(name)
-    rules = (mix.falcon if facts.arch == "falcon" else mix.rules).get(what, ())
+    rules = (mix.falcon if facts.rules == "falcon" else mix.rules).get(what, ())
     kind = next((kind for condition, kind in rules if condition(facts, layer)), mix.base)
-    if what == "attn_v" and facts.n_layer == 80 and facts.n_gqa > 1 and facts.arch in _SEVENTY:
+    if what == "attn_v" and facts.n_layer == 80 and facts.n_gqa > 1 and facts.rules == "70B":
         # Eight times smaller than attn_q there: more bits cost little.
         kind = GGMLType.Q5_K if kind in (_Q3, _Q4) else kind
     if facts.n_expert == 8:
         if what in ("attn_v", "attn_k"):
             return GGMLType.Q8_0
-        if what == "attn_output" and facts.arch != "falcon":
+        if what == "attn_output" and facts.rules != "falcon":
             return mix.eight_experts or mix.base
     return kind
 

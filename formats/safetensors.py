@@ -88,6 +88,9 @@ class SafetensorsFile:
     def _read(self) -> dict[str, Weight]:
         assert self._map is not None
         size = len(self._map)
+        if self._map[:19] == b"version https://git":
+            what = "a pointer of Git LFS", "the weights themselves; `git lfs pull` fetches them"
+            raise FormatError(self.path, "contents", *what)
         length = int.from_bytes(self._map[:8], "little") if size >= 8 else size
         if not 2 <= length <= min(size - 8, MAX_HEADER):
             raise FormatError(self.path, "header length", length, f"2 to {max(2, min(size - 8, MAX_HEADER))} bytes")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import BY_NAME
 from tiny import RopeOptions, make_tiny_model
 
 from hotcold.formats.architectures import ARCHITECTURES, lookup
@@ -18,6 +19,7 @@ from hotcold.formats.errors import FormatError, UnsupportedError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.gguf_header import TensorInfo
 from hotcold.formats.types import GGMLType
+from hotcold.solver.convert import convert
 
 
 @pytest.fixture
@@ -113,12 +115,11 @@ def test_defaults_of_what_a_file_leaves_out(file: GGUFFile) -> None:
                 attn_factor=0.5,
                 extra={
                     "yarn_ext_factor": 0.25,
-                    "yarn_attn_factor": 3,
                     "yarn_beta_fast": 16,
                     "yarn_beta_slow": 2,
                 },
             ),
-            RopeScaling("yarn", 2.0, 64, 0.25, 1.5, 16.0, 2.0),
+            RopeScaling("yarn", 2.0, 64, 0.25, 0.5, 16.0, 2.0),
         ),
     ],
 )
@@ -304,6 +305,46 @@ def test_windows_of_only_some_layers(file: GGUFFile) -> None:
         assert ModelConfig.from_gguf(file).windows == windows, said
     file.metadata[key] = np.array([True])
     with pytest.raises(FormatError, match="got 1 values, wanted one for each of 2 layers"):
+        ModelConfig.from_gguf(file)
+
+
+def test_a_family_has_its_own_window_without_being_told() -> None:
+    row = ARCHITECTURES["gemma2"]
+    assert (row.window, row.window_every) == (4096, 2)
+
+
+def test_factors_without_a_type_are_longrope(tmp_path: Path) -> None:
+    """As llama.cpp's converter writes Phi-3."""
+    path = convert(BY_NAME["phi3-longrope"].folder, tmp_path / "m.gguf", "f32").path
+    with GGUFFile(path) as file:
+        wanted = ModelConfig.from_gguf(file)
+        assert wanted.rope_scaling.kind == file.metadata.pop("phi3.rope.scaling.type") == "longrope"
+        assert ModelConfig.from_gguf(file) == wanted
+        file.metadata["phi3.rope.scaling.type"] = "linear"
+        with pytest.raises(UnsupportedError, match="rope factors with a scaling of type 'linear'"):
+            ModelConfig.from_gguf(file)
+
+
+def test_windowed_layers_of_olmo_are_not_scaled(tmp_path: Path) -> None:
+    path = convert(BY_NAME["olmo2"].folder, tmp_path / "m.gguf", "f32").path
+    with GGUFFile(path) as file:
+        assert ModelConfig.from_gguf(file).local_base == 0.0
+        file.metadata |= {"olmo2.attention.sliding_window": 8, "olmo2.rope.scaling.type": "linear"}
+        file.metadata["olmo2.rope.scaling.factor"] = 4.0
+        config = ModelConfig.from_gguf(file)
+        assert config.local_base == config.rope_base and config.rope_scaling.factor == 4.0
+        assert config.windows == tuple(0 if layer % 4 == 3 else 8 for layer in range(config.n_layer))
+
+
+def test_yarns_whole_factor(file: GGUFFile) -> None:
+    """Where a file says it, it is what everybody computes anyway, or else nobody knows."""
+    file.metadata |= {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 8.0}
+    wanted = ModelConfig.from_gguf(file)
+    for said in (1.0, 1.0 + 0.1 * math.log(8.0)):
+        file.metadata["llama.rope.scaling.yarn_attn_factor"] = said
+        assert ModelConfig.from_gguf(file) == wanted
+    file.metadata["llama.rope.scaling.yarn_attn_factor"] = 0.5
+    with pytest.raises(UnsupportedError, match="yarn_attn_factor = 0.5 is not supported, only the usual 1.2079"):
         ModelConfig.from_gguf(file)
 
 

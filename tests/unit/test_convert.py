@@ -231,7 +231,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {
             "rope.scaling.type": "yarn",
             "rope.scaling.original_context_length": 32,
-            "rope.scaling.yarn_attn_factor": pytest.approx(1 / (1 + 0.1 * np.log(4.0))),
+            "rope.scaling.attn_factor": pytest.approx(1 / (1 + 0.1 * np.log(4.0))),
             "rope.scaling.yarn_beta_fast": 16.0,
             "rope.scaling.yarn_beta_slow": None,
         },
@@ -239,9 +239,25 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "two magnitudes": (
         "llama",
         {"rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
-        {"rope.scaling.yarn_attn_factor": pytest.approx(1 / (1 + 0.1 * np.log(4.0)))},
+        {"rope.scaling.attn_factor": pytest.approx(1 / (1 + 0.1 * np.log(4.0)))},
     ),
     "default": ("llama", {"rope_scaling": {"rope_type": "default"}}, {"rope.scaling.type": None}),
+    "Llama knows no window": ("llama", {"sliding_window": 4}, {"attention.sliding_window": None}),
+    "Mistral's own window": ("mistral", {"sliding_window": ...}, {"attention.sliding_window": 4096}),
+    "Mistral without one": ("mistral", {"sliding_window": None}, {"attention.sliding_window": None}),
+    "Gemma 2's own caps": (
+        "gemma2",
+        {"attn_logit_softcapping": ..., "final_logit_softcapping": ...},
+        {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "no caps": ("gemma2", {"attn_logit_softcapping": None}, {"attn_logit_softcapping": 0.0}),
+    "no window for Gemma 2": ("gemma2", {"sliding_window": None}, {"attention.sliding_window": 0}),
+    "Granite's own scale": ("granite", {"attention_multiplier": ...}, {"attention.scale": 1.0}),
+    "OLMoE's own epsilon": (
+        "olmoe",
+        {"rms_norm_eps": ...},
+        {"attention.layer_norm_rms_epsilon": pytest.approx(1e-5)},
+    ),
     "late windows": (
         "qwen2",
         {"use_sliding_window": True, "max_window_layers": 1},
@@ -507,6 +523,17 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         "config.json: key 'llama.rope.scaling.factor': got 1000000000.0",
     ),
     "quantised": (settings(quantization_config={"quant_method": "gptq"}), "a quantised checkpoint"),
+    "quantised by MLX": (settings(quantization={"bits": 4}), "a quantised checkpoint (quantization)"),
+    "scaling without a type": (settings(rope_scaling={"factor": 8.0}), "'factor' without a rope_type"),
+    "magnitude of zero": (
+        settings(rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": -10 / np.log(4.0)}),
+        "rope_scaling.mscale_all_dim",
+    ),
+    "pointer of Git LFS": (
+        text("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "`git lfs pull` fetches them",
+    ),
+    "half a character": (text("generation_config.json", '{"x": "\\ud800"}'), "generation_config.json: JSON"),
     "tied as text": (settings(tie_word_embeddings="yes"), "true or false"),
     "output is missing": (settings(tie_word_embeddings=False), "'lm_head.weight': got no such tensor"),
     "no weights": (without("model.safetensors"), "no weights there"),

@@ -62,7 +62,6 @@ def test_special_ids_by_name_then_by_number(tmp_path: Path) -> None:
     found = fields(tmp_path, config=config, bos_token=None, add_bos_token=False)  # as Qwen's
     assert found[GGML + "bos_token_id"] == N_VOCAB and found[GGML + "eos_token_id"] == N_VOCAB + 2
     assert found[GGML + "add_bos_token"] is False and GGML + "padding_token_id" not in found
-    assert fields(tmp_path, config={"text_config": config})[GGML + "bos_token_id"] == N_VOCAB
     put(tmp_path, "special_tokens_map.json", {"bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"})
     found = fields(tmp_path, config={"bos_token_id": 5})
     assert found[GGML + "bos_token_id"] == found[GGML + "unknown_token_id"] == N_VOCAB
@@ -370,7 +369,7 @@ def test_odd_values_load_or_are_refused(tmp_path: Path) -> None:
         "chat_template": [{"name": "a", "template": "b"}],
         "add_bos_token": True,
     }
-    config = {"eos_token_id": [0], "bos_token_id": 0, "model_type": "llama", "text_config": {"eos_token_id": 1}}
+    config = {"eos_token_id": [0], "bos_token_id": 0, "model_type": "llama"}
     tried = 0
     del data["decoder"], pieces["decoder"]  # not read
     for original in (data, pieces):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
+import numpy as np
 import pytest
 import quantize_cases
 from gguf import LlamaFileType
@@ -69,8 +72,10 @@ def test_options() -> None:
 
 
 def test_facts_of_metadata() -> None:
-    keys = {"block_count": 3, "attention.head_count": [8, 8, 8], "attention.head_count_kv": 2, "expert_count": 4}
+    keys: dict[str, Any] = {"block_count": 3, "attention.head_count": np.array([8, 8, 8]), "attention.head_count_kv": 2, "expert_count": 4}
     metadata = {"general.architecture": "x"} | {f"x.{key}": value for key, value in keys.items()}
     facts = Facts.of(metadata, ["token_embd.weight"])
     assert facts == Facts("x", 3, 8, 2, 4, tied=True) and facts.n_gqa == 4
     assert Facts.of({}, ["output.weight"], True) == Facts("", 0, importance=True)
+    for odd in (math.nan, math.inf, "8", np.array(["a"]), np.array([], np.int32), [], True):
+        assert Facts.of(metadata | {"x.block_count": odd}, []).n_layer == 0
