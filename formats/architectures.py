@@ -55,14 +55,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     for row in (
         Architecture(
             "llama",
-            "Llama 1 to 3, Mistral, Mixtral, SmolLM2, TinyLlama, Yi, ReLU-Llama",
+            "Llama 1 to 3, Mistral, Mixtral, SmolLM2, TinyLlama, Yi, ReLU-Llama, ProSparse",
             _LLAMA,
             (OUTPUT, ROPE_FREQS, QKV_BIAS, OUT_BIAS, GATED_BIAS),
             (GATED, EXPERTS),
             rope="norm",
             mixes="70B",
             hf=Checkpoint(
-                ("LlamaForCausalLM", "LLaMAForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
+                (
+                    "LlamaForCausalLM",
+                    "LLaMAForCausalLM",
+                    "MistralForCausalLM",
+                    "MixtralForCausalLM",
+                    "SparseLlamaForCausalLM",
+                ),
                 windows="all",
                 windowed=("MistralForCausalLM", "MixtralForCausalLM"),
                 class_defaults={"MistralForCausalLM": {"sliding_window": 4096}},

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from .architecture_terms import Architecture
 from .checkpoint_rope import Rope
 from .checkpoint_settings import Keys, Settings
-from .checkpoint_terms import ACTIVATION, ACTIVATIONS, EPSILON, INTEGERS, NUMBERS
+from .checkpoint_terms import ACTIVATION, ACTIVATIONS, EPSILON, FATRELU, INTEGERS, NUMBERS
 from .gguf_header import show
 
 MAX_LAYERS = 100_000  # before the tensors have said how many there really are
@@ -70,6 +70,8 @@ def architecture_keys(
         keys["expert_weights_norm"] = weights_norm
     if hf.activated and (activation := _activation(said)) not in (row.activation, None):
         keys["hidden_activation"] = "gelu_tanh" if activation == "gelu" else activation
+    if hf.activated and said.text(*ACTIVATION) == FATRELU:
+        keys["hidden_activation_threshold"] = _floor(said)
     tensors: dict[str, NDArray[np.float32]] = {}
     notes: list[str] = []
     if row.rope:
@@ -95,6 +97,14 @@ def _activation(said: Settings) -> str | None:
         known = ", ".join(ACTIVATIONS)
         raise said.unsupported(f"the activation {show(word)} is not supported; supported: {known}")
     return None if word is None else ACTIVATIONS[word]
+
+
+def _floor(said: Settings) -> float:
+    """Of FATReLU: what an input must reach."""
+    floor = said.number("hidden_act_param")
+    if floor is None or floor < 0.0:
+        raise said.error("hidden_act_param", "nothing" if floor is None else floor, "the threshold of fatrelu, from 0")
+    return floor
 
 
 def _attention_scale(row: Architecture, said: Settings, head_dim: int, keys: Keys) -> Keys:

@@ -32,6 +32,7 @@ ACTIVATION = ("hidden_activation", "hidden_act", "activation_function", "activat
 ROTATED_PART = ("partial_rotary_factor", "rotary_pct", "rope_pct", "rope_percent", "rope_percentage")
 ROPE_BASE = ("rope_theta", "rotary_emb_base")
 
+FATRELU = "fatrelu"  # ReLU of what reaches hidden_act_param
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu",
     "swish": "silu",
@@ -44,6 +45,7 @@ ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
     "relu2": "relu2",
     "relu_squared": "relu2",
+    FATRELU: "relu",
 }
 """A setting's word -> ours (`gelu` is the tanh form)."""
 

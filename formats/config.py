@@ -65,6 +65,7 @@ class ModelConfig:
     windows: tuple[int, ...]  # by layer, the tokens that a token sees, itself included; 0 = all
     attn_scale: float
     activation: str  # of the FFN: silu, gelu (tanh form), gelu_erf, relu, relu2 (squared), or drelu (gate and up both)
+    activation_floor: float  # an activated gate below it counts as 0 (FATReLU, arXiv:2002.08561; ProSparse); 0: none
     tensors: frozenset[str]  # names of those that the file has, of the first block for all; fused ones taken apart
     whole_head_norms: bool = False  # norms of q and k are over all heads at once
     local_base: float = 0.0  # rope base of layers with a window, which are not scaled then; 0: as all others
@@ -176,6 +177,7 @@ class _Reader:
             windows=windows,
             attn_scale=self.number("attention.scale", 0.0, 0.0, 1e6) or 1.0 / math.sqrt(n_wide),
             activation=self.activation(),
+            activation_floor=self.number("hidden_activation_threshold", 0.0, 0.0, 1e6),
             tensors=frozenset(model) | unfused(block),
             whole_head_norms=block.get("attn_q_norm.weight") == WHOLE_NORMS["attn_q_norm.weight"],
             local_base=self.local_base(windows),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..formats.config import ModelConfig
 from .graph import part
@@ -31,11 +32,9 @@ class FFN:
         """All neurons."""
         if config.gated:
             self._add("matmul", "f", "gate", "ffn_gate")
-            self._add("matmul", "f", "up", "ffn_up")
-            self._add("activate", "gate up", "gate h", function=config.activation)
-        else:
-            self._add("matmul", "f", "gate", "ffn_up")
-            self._add("activate", "gate", "gate h", function=config.activation)
+        self._add("matmul", "f", "up" if config.gated else "gate", "ffn_up")
+        reads, floor = "gate up" if config.gated else "gate", config.activation_floor
+        self._add("activate", reads, "gate h", function=config.activation, threshold=floor)
         self._add("matmul", f"h{self.base}", self.to, "ffn_down")
 
     def sparse(self, config: ModelConfig, plan: Plan, ranks: tuple[int, ...], widths: dict[str, int]) -> None:
@@ -59,12 +58,15 @@ class FFN:
             add("rows", f"f {active}", gate, first, "sparse")
             if config.gated:
                 add("rows", f"f {active}", up, "ffn_up", "sparse")
-            add("activate", f"{gate}{other} {picked} {active}", gate, "", "sparse", function=function)
+            floor = config.activation_floor
+            reads = f"{gate}{other} {picked} {active}"
+            add("activate", reads, gate, "", "sparse", function=function, threshold=floor)
             self._down(gate, active)
             add("matmul", "f", gate, first, "dense")
             if config.gated:
                 add("matmul", "f", up, "ffn_up", "dense")
-            add("activate", f"{gate}{other} {scores}", f"{gate} {h}", "", "dense", function=function, cut=cut)
+            rule: dict[str, Any] = {"function": function, "cut": cut, "threshold": floor}
+            add("activate", f"{gate}{other} {scores}", f"{gate} {h}", "", "dense", **rule)
         else:
             add("matmul", "f", gate, first)
             add("select", gate, f"{active} {picked}", limit=limit, threshold=threshold)
@@ -83,7 +85,7 @@ class FFN:
 
     def experts(self, config: ModelConfig, plan: Plan | None) -> None:
         """The experts that the router chooses for each token; of a split layer, those that are not on the GPU."""
-        threshold = plan.thresholds[self.layer] if plan else 0.0
+        threshold = plan.thresholds[self.layer] if plan else config.activation_floor
         self._add("matmul", "f", "router", "ffn_gate_inp")
         here = part(f"blk.{self.layer}.experts", "cold") if self.n_cold else ""
         self.append("route", "router", "routed", here, layer=self.layer)

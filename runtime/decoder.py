@@ -166,7 +166,7 @@ class _Decoder:
         come, and the bias of ffn_down comes from the CPU.
         """
         c, plan = self.config, self.plan
-        threshold = plan.thresholds[layer] if plan else 0.0
+        threshold = plan.thresholds[layer] if plan else c.activation_floor
 
         def weight(name: str, share: str) -> str:
             tensor = f"blk.{layer}.{name}"

@@ -268,7 +268,7 @@ class Engine:
 def token_bytes(config: ModelConfig) -> int:
     """Bytes of one token in the KV cache and the table of rotations."""
     kv = config.n_layer * config.n_head_kv * (config.head_dim_k + config.head_dim_v) * 2
-    return kv + config.rope_dim * 4
+    return kv + config.rope_dim * 4 * (2 if config.local_base else 1)
 
 
 def default_context(config: ModelConfig) -> int:

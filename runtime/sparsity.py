@@ -127,7 +127,7 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
         same = from_section and zeros
         return everything(config) if same else None
     limit = config.n_ff if from_section else int(CROSSOVER * config.n_ff)
-    exact = (_SMALLEST if zeros else 0.0,) * config.n_layer
+    exact = (max(config.activation_floor, _SMALLEST if zeros else 0.0),) * config.n_layer
     if wanted.kind == "exact":
         if not zeros:
             raise ParameterError(
@@ -136,7 +136,7 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
             )
         return Plan(wanted, exact, limit, dense_from_t=from_section)
     if wanted.kind == "threshold":
-        return Plan(wanted, _thresholds(wanted.density, section), limit, dense_from_t=from_section)
+        return Plan(wanted, _thresholds(wanted.density, section, config), limit, dense_from_t=from_section)
     predictors = section.predictors() if section else None
     if predictors is None:
         raise ParameterError(
@@ -153,16 +153,16 @@ def _mixture(wanted: Sparsity, config: ModelConfig, section: Section | None) -> 
             f"wanted auto, dense, exact or threshold=D"
         )
     if wanted.kind == "threshold":
-        return Plan(wanted, _thresholds(wanted.density, section), config.n_ff)
+        return Plan(wanted, _thresholds(wanted.density, section, config), config.n_ff)
     return None
 
 
 def everything(config: ModelConfig) -> Plan:
     """The plan that lists every neuron: dense, computed by neurons."""
-    return Plan(Sparsity("dense"), (0.0,) * config.n_layer, config.n_ff, dense_from_t=True)
+    return Plan(Sparsity("dense"), (config.activation_floor,) * config.n_layer, config.n_ff, dense_from_t=True)
 
 
-def _thresholds(density: float, section: Section | None) -> tuple[float, ...]:
+def _thresholds(density: float, section: Section | None, config: ModelConfig) -> tuple[float, ...]:
     """Each layer's threshold at a density, interpolated between those that the section has."""
     table = section.thresholds() if section else None
     if table is None:
@@ -177,5 +177,6 @@ def _thresholds(density: float, section: Section | None) -> tuple[float, ...]:
             f"`hotcold sparsify` was run for; run it with --density {density:g}"
         )
     order = np.argsort(known)
-    return tuple(float(np.interp(density, known[order], layer[order])) for layer in values.T)
+    chosen = (float(np.interp(density, known[order], layer[order])) for layer in values.T)
+    return tuple(max(value, config.activation_floor) for value in chosen)
 

@@ -81,7 +81,7 @@ def energy(h: np.ndarray, down_norms: np.ndarray, post: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rule:
-    """`exact`: the gate is above zero; with a density: |act(gate)| is above the layer's threshold for it.
+    """`exact`: the gate is above zero, or the floor; with a density: |act(gate)| is above the layer's threshold for it.
 
     Of an FFN without a gate, the up projection is meant. by_expert: instead, its expert is chosen.
     """
@@ -90,6 +90,7 @@ class Rule:
     density: float | None = None
     thresholds: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # float32 [n_layer]
     by_expert: bool = False
+    floor: float = 0.0
 
     @property
     def name(self) -> str:
@@ -101,13 +102,13 @@ class Rule:
     def active(self, layer: int, gate: np.ndarray) -> np.ndarray:
         """Which of the raw gates [n_tok, n_ff] belong to active neurons: bool, of the same shape."""
         if self.density is None:
-            return np.greater(gate, 0)
+            return np.greater(gate, np.float32(self.floor))
         return np.greater(np.abs(ACTIVATIONS[self.activation](gate)), self.thresholds[layer])
 
 
-def exact(activation: str) -> Rule:
+def exact(activation: str, floor: float = 0.0) -> Rule:
     """The rule of models with zeros; ParameterError for an activation that has none."""
     if activation not in RELUS:
         wanted = "--threshold D, as only ReLU models have neurons that are exactly zero"
         raise ParameterError(f"rule exact: got a model with {activation.upper()}, wanted {wanted}")
-    return Rule(activation)
+    return Rule(activation, floor=floor)

@@ -278,7 +278,9 @@ class Model:
         if f"blk.{layer}.ffn_gate_inp.weight" in self.tensors:
             return self._experts(layer, x)
         gate, up = self._linear(f"blk.{layer}.ffn_gate", x), self._linear(f"blk.{layer}.ffn_up", x)
-        return self._linear(f"blk.{layer}.ffn_down", glu(gate, up, self.activation))
+        h = glu(gate, up, self.activation)
+        h = np.where(np.abs(ACTIVATIONS[self.activation](gate)) >= self.threshold, h, 0)
+        return self._linear(f"blk.{layer}.ffn_down", h)
 
     def _experts(self, layer: int, x: Array) -> Array:
         """Token by token: a softmax of the router's logits, and the experts that it gives most, weighted."""
@@ -345,6 +347,7 @@ def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16:
         ),
         window=keys.get(f"{arch}.attention.sliding_window", 0),
         activation=keys.get(f"{arch}.hidden_activation", "silu"),
+        threshold=keys.get(f"{arch}.hidden_activation_threshold", 0.0),
         tensors=tensors,
         quantised={t.name for t in reader.tensors if t.tensor_type not in FLOAT_TYPES},
         q8=q8,

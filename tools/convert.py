@@ -53,6 +53,7 @@ def _hugging_face(folder: Path, out: Path | None, kind: str | None, threads: int
 
 def _powerinfer(source: str, out: Path | None, kind: str | None) -> None:
     from ..formats import powerinfer_convert
+    from ..formats.architectures import lookup
     from ..formats.errors import ParameterError
 
     path = console.find_model(source)
@@ -63,8 +64,8 @@ def _powerinfer(source: str, out: Path | None, kind: str | None) -> None:
     with download_bar() as progress:
         config = powerinfer_convert.convert(path, out, progress)
     note(f"{human_bytes(out.stat().st_size)}; ffn_down_t and the predictors are in the section (`hotcold section`)")
-    if config.arch == "llama":
-        note(f"llama.cpp would run it with SiLU and give nonsense; it is a {config.activation} model")
+    if (usual := lookup(config.arch).activation) != config.activation:
+        note(f"llama.cpp would run it with {usual} and give nonsense; it is a {config.activation} model")
     else:
         note(f"llama.cpp does not know the architecture {config.arch}")
     print(out)

@@ -100,6 +100,8 @@ def _ffn(c: ModelConfig) -> Iterator[str]:
     from ..runtime.sparsity import ZEROS
 
     kind = _ACTIVATIONS[c.activation] + (", gated" if c.gated else ", without a gate")
+    if c.activation_floor:
+        kind += f", 0 below {c.activation_floor:g}"
     if c.activation in ZEROS:
         kind += "; zeros are skipped (--sparsity exact)"
     if c.n_expert:

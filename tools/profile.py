@@ -136,7 +136,7 @@ def _prepare(
             raise ParameterError(f"--threshold: got {got}; wanted none")
         return text, neurons.Rule(activation, by_expert=True)
     if threshold is None and activation in neurons.RELUS:
-        return text, neurons.exact(activation)
+        return text, neurons.exact(activation, engine.config.activation_floor)
     if threshold is None:
         threshold = DEFAULT_DENSITY
         note(

@@ -14,6 +14,7 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from checkpoints import copied
 from families import BY_NAME, relative_error
 
 from hotcold import Engine
@@ -23,6 +24,7 @@ from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section_file import Contents, SectionTensor, update_section
 from hotcold.formats.types import GGMLType
 from hotcold.solver import transpose
+from hotcold.solver.convert import convert
 
 MIXTURES = ("mixtral", "olmoe", "qwen3moe")
 # Those that differ from another one only in attention or embeddings are left out.
@@ -248,3 +250,21 @@ def test_predict_computes_what_is_predicted(family_file: Make, tmp_path: Path, n
     assert sure.mean() > 0.5
     close(got[sure], wanted[sure])
     assert density == pytest.approx(((on >= 0).mean() + last.layer) / (last.layer + 1), abs=0.03)
+
+
+@pytest.mark.parametrize("sparsity", ["dense", "exact"])
+def test_fatrelu_has_a_floor(tmp_path: Path, sparsity: str) -> None:
+    """ProSparse's activation: of the prompt at once and token by token, against NumPy; a floor of zero is another."""
+    family = BY_NAME["llama-relu"]
+    folder = copied(family.folder, tmp_path / "fat", {"hidden_act": "fatrelu", "hidden_act_param": 0.25})
+    path = convert(folder, tmp_path / "fat.gguf", "f32").path
+    wanted = naive.forward(path, family.prompt.tolist(), kv_f16=True)
+    assert relative_error(wanted, family.logits) > 0.02
+    with Engine(path, n_ctx=64, n_threads=2, sparsity=sparsity) as engine:
+        assert engine.config.activation == "relu" and engine.config.activation_floor == 0.25
+        whole = engine.eval(engine.new_sequence(), family.prompt, all_logits=True).copy()
+        sequence = engine.new_sequence()
+        steps = np.concatenate([engine.eval(sequence, [id]).copy() for id in family.prompt])
+        assert 0.05 < engine.usage.density < 0.6 or sparsity == "dense"
+    for logits in (whole, steps):
+        assert relative_error(logits, wanted) < 1e-3

@@ -72,7 +72,8 @@ def test_options() -> None:
 
 
 def test_facts_of_metadata() -> None:
-    keys: dict[str, Any] = {"block_count": 3, "attention.head_count": np.array([8, 8, 8]), "attention.head_count_kv": 2, "expert_count": 4}
+    keys: dict[str, Any] = {"block_count": 3, "attention.head_count": np.array([8, 8, 8])}
+    keys |= {"attention.head_count_kv": 2, "expert_count": 4}
     metadata = {"general.architecture": "x"} | {f"x.{key}": value for key, value in keys.items()}
     facts = Facts.of(metadata, ["token_embd.weight"])
     assert facts == Facts("x", 3, 8, 2, 4, tied=True) and facts.n_gqa == 4

@@ -353,7 +353,7 @@ def test_commands(tmp_path: Path) -> None:
     assert "Section: predictors, down_t; " in invoke("inspect", source).stdout
     result = invoke("convert", source, out)
     assert (result.exit_code, result.stdout) == (0, f"{out}\n")
-    assert "llama.cpp would run it with SiLU" in result.stderr and "relu model" in result.stderr
+    assert "llama.cpp would run it with silu" in result.stderr and "relu model" in result.stderr
     assert "Section: predictors, down_t; " in invoke("inspect", out).stdout
     result = invoke("convert", Tiny("bamboo").write(source), tmp_path / "b.gguf")
     assert "llama.cpp does not know the architecture bamboo" in result.stderr
