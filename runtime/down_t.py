@@ -19,12 +19,6 @@ from .tensors import Tensors
 _FLOATS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 
 
-def down_name(tensors: Tensors, layer: int) -> str:
-    """A layer's ffn_down, or that of its experts; `_t` behind it is by neurons."""
-    experts = f"blk.{layer}.ffn_down_exps"
-    return experts if f"{experts}.weight" in tensors else f"blk.{layer}.ffn_down"
-
-
 def add_down_t(
     tensors: Tensors, layers: Iterable[int], n_threads: int, progress: Callable[[str], None] | None = None
 ) -> None:
@@ -33,7 +27,8 @@ def add_down_t(
     Of a mixture of experts, `blk.N.ffn_down_exps_t.weight` [n_embd, n_ff of one, n_expert]. F16 stands in for Q8_0
     where n_embd is no multiple of its blocks. UnsupportedError names a tensor whose type no kernel computes.
     """
-    names = [down_name(tensors, layer) for layer in layers]
+    names = [f"blk.{layer}.ffn_down" for layer in layers]
+    names = [f"{name}_exps" if f"{name}_exps.weight" in tensors else name for name in names]
     kinds = {_kind(tensors, f"{name}.weight") for name in names} - set(_FLOATS)
     kernels = jit.load(["walk", *(f"transpose:{kind}" for kind in sorted(kinds))], progress=progress) if kinds else {}
     for name in names:

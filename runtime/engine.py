@@ -17,7 +17,7 @@ from ..formats.section import Section, find_section
 from .cpu.layout import KV_BLOCK
 from .cpu.threads import default_threads
 from .decoder import Split, build
-from .down_t import add_down_t, down_name
+from .down_t import add_down_t
 from .executor import CPUExecutor, Observer
 from .graph import Graph
 from .hot_cold import add_cold, check_placement
@@ -107,8 +107,8 @@ class Engine:
         check_placement(placement, c)
         whole, from_t = (0, c.n_ff), self.plan is not None and self.plan.dense_from_t
         wanted = [layer for layer in range(c.n_layer) if self.plan or n_hot[layer] not in whole]
-        if c.n_expert:  # the GPU computes experts by neurons, the CPU never
-            wanted = [layer for layer in range(c.n_layer) if n_hot[layer]]
+        if c.n_expert:  # the CPU never computes experts by neurons, and the GPU makes what it needs
+            wanted = []
         if not from_t:
             add_down_t(self._tensors, wanted, self.n_threads, progress)
         mapped = placement.cold == "mapped"
@@ -120,14 +120,15 @@ class Engine:
         try:
             segments = schedule(graph)
             n_blocks = self._cache.n_blocks
-            gpu = load(segments, graph, self._tensors, c, cpu, placement, n_blocks, self.n_ctx, sizes, trace, progress)
+            numbers = n_blocks, self.n_ctx, self.n_threads
+            gpu = load(segments, graph, self._tensors, c, cpu, placement, *numbers, sizes, trace, progress)
         except BaseException:
             cpu.close()
             raise
         if not from_t:  # its rows are in the two memories by now
             for layer in wanted:
                 if n_hot[layer]:
-                    self._tensors.drop(f"{down_name(self._tensors, layer)}_t.weight")
+                    self._tensors.drop(f"blk.{layer}.ffn_down_t.weight")
         computed = tuple(c.n_ff if n and mapped else n for n in n_hot)
         return HybridExecutor(segments, cpu, gpu, computed, trace)
 

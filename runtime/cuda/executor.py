@@ -40,6 +40,7 @@ class GPUExecutor:
         hot: tuple[np.ndarray, ...],
         n_blocks: int,
         n_ctx: int,
+        n_threads: int,
         sizes: dict[str, int],
         trace: bool = False,
         progress: Callable[[str], None] | None = None,
@@ -49,7 +50,7 @@ class GPUExecutor:
         self._spans: list[tuple[str, Any, Any]] = []
         with device.check("loading the model"):
             self._buffers = Buffers(device, graph, config, n_blocks, n_ctx, sizes)
-            lowering = Lowering(tensors, config, device, self._buffers, rope_tables, hot, n_ctx, progress)
+            lowering = Lowering(tensors, config, device, self._buffers, rope_tables, hot, n_ctx, n_threads, progress)
             self._pinned: dict[str, tuple[np.ndarray, Any]] = {}
             self._launches = {
                 segment.index: [self._copy(node) or lowering.launch(node) for node in segment.nodes]

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...formats.config import ModelConfig
 from ...formats.errors import UnsupportedError
+from ..down_t import add_down_t
 from ..graph import Node
 from ..hot_cold import others
 from ..sparsity import gate_range
@@ -25,11 +26,16 @@ from .repack import KINDS, pack
 Launch = Callable[[int, int], None]
 
 
+def _layer(tensor: str) -> int:
+    """N of `blk.N.name`."""
+    return int(tensor.split(".")[1])
+
+
 class Lowering:
     """Makes launches.
 
     rope_tables: for layers without and with a window. hot: by layer, the neurons that `@hot` tensors have (int32,
-    sorted). n_ctx: of a sequence.
+    sorted). n_ctx: of a sequence. n_threads: of the CPU, for what has to be made.
     """
 
     def __init__(
@@ -41,11 +47,12 @@ class Lowering:
         rope_tables: tuple[np.ndarray, np.ndarray],
         hot: tuple[np.ndarray, ...],
         n_ctx: int,
+        n_threads: int,
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.progress, self._compiled = progress, set[str]()
         self.tensors, self.config, self.device, self.buffers = tensors, config, device, buffers
-        self.hot, self.n_ctx, self.stream = hot, n_ctx, device.stream
+        self.hot, self.n_ctx, self.n_threads, self.stream = hot, n_ctx, n_threads, device.stream
         self._rope_tables, self._tables = rope_tables, dict[int, Any]()
         self._attention_parts: Any = None
         self._down_parts: Any = None
@@ -83,6 +90,9 @@ class Lowering:
         """A matrix on the device: type, arrays, rows and row length."""
         if name not in self._weights:
             base, _, part = name.partition("@")
+            made = base not in self.tensors
+            if made:  # only for as long as it takes: those of all layers may be more than there is memory
+                add_down_t(self.tensors, [_layer(base)], self.n_threads, self.progress)
             info = self.tensors.info(base)
             kind, k = info.type.name, info.shape[0]
             if kind not in KINDS:
@@ -94,11 +104,13 @@ class Lowering:
             data = data[self._ids(base, part)] if part else data
             put = self._map if part == "cold" else self.device.upload
             self._weights[name] = kind, tuple(map(put, pack(kind, data, k))), len(data), k
+            if made:
+                self.tensors.drop(base)
         return self._weights[name]
 
     def _ids(self, tensor: str, part: str) -> np.ndarray:
         """The hot or cold neurons of a tensor's layer."""
-        hot = self.hot[int(tensor.split(".")[1])]  # blk.N.name
+        hot = self.hot[_layer(tensor)]
         return hot if part == "hot" else others(hot, self.config.n_ff)
 
     def _map(self, array: np.ndarray) -> Any:
