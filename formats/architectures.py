@@ -320,18 +320,20 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture(
             "olmo2",
-            "OLMo 2",
+            "OLMo 2 and 3",
             both(OUTPUT_NORM, QKV, OUT, WHOLE_NORMS, POST_NORMS),
             (OUTPUT,),
             (GATED,),
             window_every=4,
             local_plain=True,
             hf=Checkpoint(
-                ("Olmo2ForCausalLM",),
+                ("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
                 llama_names(
                     post_attention_norm=".post_attention_layernorm", post_ffw_norm=".post_feedforward_layernorm"
                 ),
                 own_output=True,
+                windows="pattern",
+                windowed=("Olmo3ForCausalLM",),
             ),
         ),
         Architecture(

@@ -348,6 +348,14 @@ SPECS: tuple[Spec, ...] = (
         dtype="float32",
     ),
     Spec(
+        "olmo3",
+        _base(
+            "Olmo3ForCausalLM", "olmo3", attention_bias=False, rms_norm_eps=1e-06, rope_scaling=_YARN,
+            rope_theta=500000.0, sliding_window=8, layer_types=["sliding_attention", "full_attention"],
+        ),
+        (_THETA, {"rope_scaling": None}, {"sliding_window": 12}, {"layer_types": ["full_attention"] * 2}),
+    ),
+    Spec(
         "granite",
         _base(
             "GraniteForCausalLM", "granite", attention_bias=False, attention_multiplier=0.15,

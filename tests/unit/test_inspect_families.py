@@ -18,7 +18,7 @@ from hotcold.tools.console import human_bytes
 
 ARCHITECTURES = {
     "falcon": "falcon", "gemma2": "gemma2", "gptneox": "gptneox", "llama": "llama", "mistral": "llama",
-    "mixtral": "llama", "phi3": "phi3", "stablelm": "stablelm",
+    "mixtral": "llama", "olmo3": "olmo2", "phi3": "phi3", "stablelm": "stablelm",
 }  # fmt: skip
 FEATURES: list[tuple[str, str, str]] = [
     ("gemma2", "attention", "sliding window of 8 tokens in 1 of 2 layers; scores capped softly at 2"),
