@@ -13,6 +13,7 @@ from typing import Any
 import cuda_simulator  # noqa: F401
 import numpy as np
 import pytest
+from checkpoints import copied
 from families import BY_NAME, relative_error
 
 from hotcold import Engine
@@ -27,6 +28,7 @@ from hotcold.runtime.cuda import jit
 from hotcold.runtime.engine import MAX_OUTPUTS, MICRO_BATCH
 from hotcold.runtime.usage import Usage
 from hotcold.solver import costs
+from hotcold.solver.convert import convert
 from hotcold.solver.hardware import Hardware
 
 TOLERANCE = 1e-3
@@ -123,6 +125,17 @@ def test_a_choice_of_neurons_without_gates(with_section: tuple[Path, ModelConfig
     ids = BY_NAME["gptneox"].prompt[:2]
     wanted = run(path, None, ids, mode)
     assert relative_error(run(path, None, ids, "dense"), wanted) > 1e-2
+    assert relative_error(run(path, placed(config, where), ids, mode), wanted) < 1e-4
+
+
+@pytest.mark.parametrize(("where", "mode"), [("split", "dense"), ("all", "dense"), ("split", "exact")])
+def test_fatrelu_has_its_floor_on_both_sides(tmp_path: Path, where: str, mode: str) -> None:
+    settings = {"hidden_act": "fatrelu", "hidden_act_param": 0.25}
+    folder = copied(BY_NAME["llama-relu"].folder, tmp_path / "fat", settings)
+    path = convert(folder, tmp_path / "fat.gguf", "f32").path
+    config, ids = config_of(path), BY_NAME["llama-relu"].prompt[:3]
+    wanted = run(path, None, ids, "dense")
+    assert relative_error(BY_NAME["llama-relu"].logits[:3], wanted) > 1e-2
     assert relative_error(run(path, placed(config, where), ids, mode), wanted) < 1e-4
 
 
