@@ -174,7 +174,7 @@ def test_modes(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
             np.testing.assert_array_equal(got, wanted)
     with pytest.raises(ParameterError, match="got predict, but 'tiny' is a mixture of experts"):
         Engine(path, sparsity="predict")
-    monkeypatch.setattr(sparsity, "_thresholds", lambda density, section: (0.1, 0.1))
+    monkeypatch.setattr(sparsity, "_thresholds", lambda *_: (0.1, 0.1))
     oracle = naive.load(path, kv_f16=True)
     oracle.threshold = 0.1
     wanted = oracle.forward(IDS)

@@ -218,3 +218,10 @@ def test_powerinfer_counts_are_sorted_by_number(tmp_path: Path) -> None:
     (tmp_path / "activation_4.pt").write_bytes(b"no tensor")
     with pytest.raises(FormatError, match="activation_4.pt: contents"):
         priors.load(tmp_path, 12, 5, 0.5)
+
+
+def test_a_mixture_of_experts_is_refused(family_file: Make, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("hello " * 500)
+    result = invoke("train-predictor", family_file("mixtral"), tmp_path / "text.txt")
+    said = "the router of a mixture of experts says which neurons are needed"
+    assert result.exit_code == 1 and said in result.stderr and result.stderr.count("error:") == 1

@@ -146,12 +146,9 @@ def test_an_imatrix_says_how_often_experts_are_chosen(copied: Make, tmp_path: Pa
     [
         (["profile", "--threshold", "0.5"], "--threshold: got 0.5 for a mixture of experts"),
         (["sparsify"], "a mixture of experts reads few of its neurons already"),
-        (["train-predictor"], "the router of a mixture of experts says which neurons are needed"),
     ],
 )
 def test_what_mixtures_are_refused(copied: Make, text: Path, arguments: list[str], said: str) -> None:
-    if arguments[0] == "train-predictor":
-        pytest.importorskip("torch")
     command, *options = arguments
     result = invoke(command, copied("mixtral"), text, *options)
     assert result.exit_code == 1 and said in result.stderr and result.stderr.count("error:") == 1
