@@ -43,6 +43,7 @@ BLOCKS: dict[GGMLType, tuple[int, tuple[int, float] | None, float]] = {
     GGMLType.Q5_K: (0, (2, 15.5), 534.0),
     GGMLType.Q6_K: (208, None, 1366.0),
 }
+ROUTER = "ffn_gate_inp.weight"  # always F32, as in real files
 TYPES = {kind.name: kind for kind in (GGMLType.F32, GGMLType.F16, GGMLType.BF16, *BLOCKS)}
 
 
@@ -73,7 +74,10 @@ def random_weights(kind: GGMLType, n_rows: int, n_cols: int, rng: np.random.Gene
 
 @dataclass(frozen=True)
 class Shape:
-    """A llama model's sizes; ParameterError for what no model can have."""
+    """A llama model's sizes; ParameterError for what no model can have.
+
+    With experts, n_ff is the width of each, and n_expert_used of them compute a token.
+    """
 
     kind: GGMLType
     n_embd: int
@@ -82,12 +86,16 @@ class Shape:
     n_head: int
     n_head_kv: int
     n_vocab: int
+    n_expert: int = 0
+    n_expert_used: int = 0
 
     def __post_init__(self) -> None:
         for name in ("n_embd", "n_ff", "n_layer", "n_head", "n_head_kv", "n_vocab"):
             least = N_SPECIAL + len(LETTERS) if name == "n_vocab" else 1
             if (got := getattr(self, name)) < least:
                 raise ParameterError(f"{name}: got {got}, wanted at least {least}")
+        if not min(1, self.n_expert) <= self.n_expert_used <= self.n_expert:
+            raise ParameterError(f"experts used: got {self.n_expert_used}, wanted 1 to {self.n_expert}, the experts")
         self._multiple("n_embd", self.kind.block_size, f"{self.kind.name} blocks")
         self._multiple("n_ff", self.kind.block_size, f"{self.kind.name} blocks")
         self._multiple("n_embd", 2 * self.n_head, "twice n_head")
@@ -99,7 +107,8 @@ class Shape:
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
-    """(name, rows, columns) of each tensor in file order; rows 0 marks a norm vector."""
+    """(name, rows, columns) of each tensor in file order; rows 0 marks a norm vector. Experts' rows are together."""
+    exps, n_stacked = ("_exps", shape.n_expert) if shape.n_expert else ("", 1)
     n_embd, n_ff, n_kv = shape.n_embd, shape.n_ff, shape.n_embd // shape.n_head * shape.n_head_kv
     yield "token_embd.weight", shape.n_vocab, n_embd
     for layer in range(shape.n_layer):
@@ -109,9 +118,11 @@ def tensors(shape: Shape) -> Iterator[tuple[str, int, int]]:
         yield f"blk.{layer}.attn_v.weight", n_kv, n_embd
         yield f"blk.{layer}.attn_output.weight", n_embd, n_embd
         yield f"blk.{layer}.ffn_norm.weight", 0, n_embd
-        yield f"blk.{layer}.ffn_gate.weight", n_ff, n_embd
-        yield f"blk.{layer}.ffn_up.weight", n_ff, n_embd
-        yield f"blk.{layer}.ffn_down.weight", n_embd, n_ff
+        if shape.n_expert:
+            yield f"blk.{layer}.{ROUTER}", shape.n_expert, n_embd
+        yield f"blk.{layer}.ffn_gate{exps}.weight", n_stacked * n_ff, n_embd
+        yield f"blk.{layer}.ffn_up{exps}.weight", n_stacked * n_ff, n_embd
+        yield f"blk.{layer}.ffn_down{exps}.weight", n_stacked * n_embd, n_ff
     yield "output_norm.weight", 0, n_embd
     yield "output.weight", shape.n_vocab, n_embd
 
@@ -184,6 +195,9 @@ def _write_metadata(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_embedding_length(shape.n_embd)
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_block_count(shape.n_layer)
+    if shape.n_expert:
+        writer.add_expert_count(shape.n_expert)
+        writer.add_expert_used_count(shape.n_expert_used)
     writer.add_head_count(shape.n_head)
     writer.add_head_count_kv(shape.n_head_kv)
     writer.add_layer_norm_rms_eps(1e-5)
@@ -208,9 +222,11 @@ def _write_tensor_list(writer: GGUFWriter, shape: Shape) -> int:
 
     total = 0
     for name, n_rows, n_cols in tensors(shape):
-        kind = shape.kind if n_rows else GGMLType.F32
+        kind = shape.kind if n_rows and not name.endswith(ROUTER) else GGMLType.F32
         row_bytes = n_cols // kind.block_size * kind.type_size
         dims = [n_rows, row_bytes] if n_rows else [row_bytes]
+        if "_exps." in name:
+            dims = [shape.n_expert, n_rows // shape.n_expert, row_bytes]
         n_bytes = max(n_rows, 1) * row_bytes
         writer.add_tensor_info(name, dims, np.dtype(np.uint8), n_bytes, GGMLQuantizationType(kind))
         total += n_bytes
@@ -224,8 +240,8 @@ def _tensor_data(shape: Shape, seed: int) -> Iterator[np.ndarray]:
     import numpy as np
 
     rng = np.random.default_rng(seed)
-    for _, n_rows, n_cols in tensors(shape):
+    for name, n_rows, n_cols in tensors(shape):
         if n_rows:
-            yield random_weights(shape.kind, n_rows, n_cols, rng)
+            yield random_weights(GGMLType.F32 if name.endswith(ROUTER) else shape.kind, n_rows, n_cols, rng)
         else:
             yield np.ones(n_cols, np.float32)

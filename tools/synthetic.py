@@ -22,6 +22,8 @@ def synthesize(
     n_head: Annotated[int, typer.Option("--n-head", help="Attention heads.")] = 32,
     n_head_kv: Annotated[int | None, typer.Option("--n-head-kv", help="Key/value heads [n-head].")] = None,
     n_vocab: Annotated[int, typer.Option("--n-vocab", help="Tokens of the vocabulary.")] = 32000,
+    experts: Annotated[int, typer.Option("--experts", help="Experts of a layer, each of n-ff neurons.")] = 0,
+    used: Annotated[int, typer.Option("--experts-used", help="Experts that compute a token.")] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the weights.")] = 0,
     active: Annotated[
         float | None,
@@ -35,7 +37,10 @@ def synthesize(
     """Write a llama model with random weights, to measure speed with."""
     if (kind := TYPES.get(type.upper())) is None:
         raise ParameterError(f"--type: got {type!r}, wanted one of {', '.join(TYPES)}")
-    shape = Shape(kind, n_embd, n_ff, n_layer, n_head, n_head if n_head_kv is None else n_head_kv, n_vocab)
+    n_head_kv = n_head if n_head_kv is None else n_head_kv
+    shape = Shape(kind, n_embd, n_ff, n_layer, n_head, n_head_kv, n_vocab, experts, used)
+    if experts and active is not None:
+        raise ParameterError("--active: is for models without experts")
     relu = None if active is None else ReluWeights(shape, active, skew, rank, seed)
     with download_bar() as progress:
         write_model(out, shape, seed, progress, relu)

@@ -10,6 +10,7 @@ import pytest
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from hotcold.formats.config import ModelConfig
 from hotcold.formats.errors import ParameterError, StorageError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.solver.synthetic import TYPES, Shape, tensors, vocabulary, write_model
@@ -36,6 +37,21 @@ def test_every_type_is_a_valid_model(tmp_path: Path, name: str) -> None:
     logits = naive.forward(path, [1, 270, 300, 5])
     assert logits.shape == (4, 320)
     assert 0.5 < logits.std() < 2
+
+
+def test_experts(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(path, Shape(TYPES["Q8_0"], **SMALL, n_expert=4, n_expert_used=2))
+    with GGUFFile(path) as file:
+        config = ModelConfig.from_gguf(file)
+        assert (config.n_expert, config.n_expert_used, config.expert_neurons) == (4, 2, SMALL["n_ff"])
+        assert file.tensors["blk.0.ffn_gate_inp.weight"].type == TYPES["F32"]
+        assert file.tensors["blk.0.ffn_down_exps.weight"].shape == (SMALL["n_ff"], SMALL["n_embd"], 4)
+    assert 0.5 < naive.forward(path, [1, 270, 300, 5]).std() < 2
+    with pytest.raises(ParameterError, match="experts used: got 5, wanted 1 to 4, the experts"):
+        Shape(TYPES["Q8_0"], **SMALL, n_expert=4, n_expert_used=5)
+    with pytest.raises(ParameterError, match="experts used: got 0"):
+        Shape(TYPES["Q8_0"], **SMALL, n_expert=4)
 
 
 def test_same_arguments_same_bytes_and_progress(tmp_path: Path) -> None:
