@@ -46,8 +46,8 @@ class _InUseError(Exception):
     """Somebody reads the section inside the model."""
 
 
-def _silent(what: str, done: int, total: int | None) -> None:
-    pass
+def silent(what: str, done: int, total: int | None) -> None:
+    """The progress of who does not want to know."""
 
 
 def update_section(
@@ -56,7 +56,7 @@ def update_section(
     *,
     sidecar: bool = False,
     drop: Iterable[str] = (),
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Path:
     """Replace those parts of a model's section that `contents` has, keep the others but those in `drop`.
 
@@ -82,7 +82,7 @@ def attach_section(
     section_path: str | os.PathLike[str],
     *,
     sidecar: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Path:
     """Make the section in a file of its own the model's section, in place of any other; as update_section."""
     path = Path(model_path)
@@ -97,7 +97,7 @@ def detach_section(
     *,
     to: str | os.PathLike[str] | None = None,
     keep_sidecar: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> None:
     """Take a model's section away: the model's bytes are then what they were before the first attach.
 

@@ -23,7 +23,8 @@ from ..formats.gguf import GGUFFile
 from ..formats.gguf_header import show
 from ..formats.pages import forget
 from ..formats.safetensors import finite
-from ..formats.section_file import replacing
+from ..formats.section_file import replacing, silent
+from ..formats.section_image import Progress
 from ..formats.section_layout import sidecar_path
 from ..formats.types import GGMLType
 from ..runtime.encode import Encoder, NotFiniteError
@@ -32,12 +33,7 @@ from .transpose import encoded
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-Progress = Callable[[str, int, int], None]
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ def convert(
     folder: Path,
     out: Path | None = None,
     name: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     n_threads: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Converted:

@@ -17,11 +17,12 @@ from ..formats.gguf_header import show
 from ..formats.gguf_rewrite import rewrite
 from ..formats.pages import forget
 from ..formats.section import attached_footer
+from ..formats.section_file import silent
+from ..formats.section_image import Progress
 from ..formats.section_layout import TornError, sidecar_path
 from ..formats.types import GGMLType
 from ..runtime.encode import ENCODED, Encoder, NotFiniteError, row_bytes
 
-Progress = Callable[[str, int, int], None]
 _PIECE = 1 << 25  # weights encoded before they are written
 _INTEGERS = ("I8", "I16", "I32", "I64")
 
@@ -54,17 +55,13 @@ class Report:
     section: bool = False
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    pass
-
-
 def quantize(
     path: Path,
     out: Path,
     name: str,
     options: Options | None = None,
     importance: Path | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     say: Callable[[str], None] | None = None,
 ) -> Report:
     """Write `out`: the model at `path` in the mix `name`; say gets a line while kernels are compiled.
