@@ -6,7 +6,7 @@ all. These are llama-quantize's choices (llama.cpp, src/llama-quant.cpp), so tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,23 +257,6 @@ def stays(name: str, shape: tuple[int, ...]) -> bool:
     return dims < 2 or not name.endswith("weight") or any(part in name for part in _KEPT)
 
 
-def choose(
-    mix: Mix,
-    name: str,
-    shape: tuple[int, ...],
-    facts: Facts,
-    pure: bool = False,
-    output: GGMLType | None = None,
-    embedding: GGMLType | None = None,
-) -> GGMLType | None:
-    """The type of a tensor (shape in ggml order), None for one that stays as it is.
-
-    pure: the mix's base type for all. output, embedding: types of output.weight and token_embd.weight.
-    """
-    kind = preferred(mix, name, shape, facts, pure, output, embedding)
-    return None if kind is None else fitting(kind, shape[0])
-
-
 def preferred(
     mix: Mix,
     name: str,
@@ -283,7 +266,10 @@ def preferred(
     output: GGMLType | None = None,
     embedding: GGMLType | None = None,
 ) -> GGMLType | None:
-    """What `choose` would give if every type's blocks divided the rows."""
+    """The type of a tensor (shape in ggml order) whose rows its blocks divide, None for one that stays as it is.
+
+    pure: the mix's base type for all. output, embedding: types of output.weight and token_embd.weight. See `fitting`.
+    """
     if stays(name, shape):
         return None
     is_embedding = name in ("token_embd.weight", "per_layer_token_embd.weight")
@@ -303,6 +289,12 @@ def fitting(kind: GGMLType, k: int) -> GGMLType:
     if k % kind.block_size and kind.name in _FALLBACK:
         kind = GGMLType[_FALLBACK[kind.name]]
     return GGMLType.F16 if k % kind.block_size else kind
+
+
+def fallen_note(fallen: Sequence[tuple[str, str, str]]) -> str:
+    """What to tell about tensors that got another type than their mix has: their names, wanted and given types."""
+    what = ", ".join(sorted({f"{wanted} -> {given}" for _, wanted, given in fallen}))
+    return f"{len(fallen)} tensors, such as {fallen[0][0]}, have rows that the type's blocks do not divide: {what}"
 
 
 def _output(base: GGMLType, k: int, facts: Facts) -> GGMLType:

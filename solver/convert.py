@@ -89,13 +89,9 @@ def _plan(checkpoint: HFCheckpoint, mix: mixes.Mix) -> tuple[list[tuple[Source, 
         wanted = mixes.preferred(mix, source.name, source.shape, facts)
         kind = GGMLType.F32 if wanted is None else mixes.fitting(wanted, source.shape[0])
         if wanted not in (None, kind):
-            fallen.append((source.name, f"{wanted.name} -> {kind.name}"))
+            fallen.append((source.name, wanted.name, kind.name))
         plan.append((source, kind))
-    if not fallen:
-        return plan, []
-    what = ", ".join(sorted({change for _, change in fallen}))
-    first = f"{len(fallen)} tensors, such as {fallen[0][0]}"
-    return plan, [f"{first}, have rows that the type's blocks do not divide: {what}"]
+    return plan, [mixes.fallen_note(fallen)] if fallen else []
 
 
 def _write(

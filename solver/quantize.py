@@ -29,7 +29,7 @@ _INTEGERS = ("I8", "I16", "I32", "I64")
 
 @dataclass(frozen=True)
 class Options:
-    """As of llama-quantize: see `mixes.choose`; allow_requantize: the source may be quantised already."""
+    """As of llama-quantize: see `mixes.preferred`; allow_requantize: the source may be quantised already."""
 
     allow_requantize: bool = False
     pure: bool = False

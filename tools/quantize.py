@@ -73,15 +73,15 @@ def _kind(option: str, name: str | None) -> GGMLType | None:
 
 
 def _explain(path: Path, report: Report) -> None:
+    from ..formats.mixes import fallen_note
+
     before, after, count = report.bytes_before, report.bytes_after, report.n_weights
     note(
         f"{report.mix.name}: {human_bytes(before)} ({8 * before / count:.2f} bits a weight) -> {human_bytes(after)} "
         f"({8 * after / count:.2f} bits a weight); {', '.join(f'{n} {kind}' for kind, n in report.types.items())}"
     )
     if report.fallen:
-        name, wanted, given = report.fallen[0]
-        what = ", ".join(sorted({f"{wanted} -> {given}" for _, wanted, given in report.fallen}))
-        note(f"{len(report.fallen)} tensors, such as {name}, have rows that the type's blocks do not divide: {what}")
+        note(fallen_note(report.fallen))
     if report.unweighted:
         names = ", ".join(report.unweighted[:3]) + (", ..." if len(report.unweighted) > 3 else "")
         note(f"no entry in the imatrix for {len(report.unweighted)} tensors: {names}")

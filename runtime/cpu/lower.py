@@ -131,20 +131,15 @@ class _Lowering:
 
     def pack(self, node: Node) -> None:
         """Pack a value as it is, for readers that know it by another name."""
-        source, to = node.reads[0], node.writes[0]
-        self.emit(
-            "pack",
-            Pack,
-            node,
-            node.reads,
-            node.writes,
-            src=self.buffers.floats(source),
-            k=self.widths[source],
-            stride=self.widths[source],
-            count=self.count(node),
-            segment=SEGMENT,
-            **self.buffers.packed(to),
-        )
+        self.emit_pack("pack", node, node.reads, node.writes, **self.buffers.packed(node.writes[0]))
+
+    def emit_pack(
+        self, kernel: str, node: Node, reads: tuple[str, ...], writes: tuple[str, ...], **fields: Any
+    ) -> None:
+        """An op of the pack family over the first value that it reads."""
+        width = self.widths[reads[0]]
+        sizes = {"k": width, "stride": width, "count": self.count(node), "segment": SEGMENT}
+        self.emit(kernel, Pack, node, reads, writes, src=self.buffers.floats(reads[0]), **sizes, **fields)
 
     def packed(self, node: Node) -> tuple[str, dict[str, int]]:
         """The packed form of a matmul's input: what to wait for, and its arrays; packs it if no op has done so."""
@@ -152,19 +147,7 @@ class _Lowering:
         source = value
         if value not in self.prepacked:
             source = f"{value}.packed"
-            self.emit(
-                "pack",
-                Pack,
-                node,
-                (value,),
-                (source,),
-                src=self.buffers.floats(value),
-                k=self.widths[value],
-                stride=self.widths[value],
-                count=self.count(node),
-                segment=SEGMENT,
-                **self.buffers.packed(value),
-            )
+            self.emit_pack("pack", node, (value,), (source,), **self.buffers.packed(value))
         return source, {key: at for key, at in self.buffers.packed(value).items() if key.startswith("x")}
 
     def activate(self, node: Node) -> None:
@@ -183,20 +166,8 @@ class _Lowering:
             fields["choice"] = self.buffers.choice(node.layer)
         else:
             fields |= self.buffers.packed(node.writes[-1])
-        self.emit(
-            f"activate:{node.function}",
-            Pack,
-            node,
-            node.reads,
-            node.writes,
-            src=self.buffers.floats(source),
-            k=self.widths[source],
-            stride=self.widths[source],
-            count=self.count(node),
-            segment=SEGMENT,
-            threshold=float(node.threshold),
-            **fields,
-        )
+        fields["threshold"] = float(node.threshold)
+        self.emit_pack(f"activate:{node.function}", node, node.reads, node.writes, **fields)
 
     def matmul(self, node: Node) -> None:
         kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)

@@ -13,10 +13,16 @@ from gguf import LlamaFileType
 from quantize_cases import CASES, by_kind
 
 from hotcold.formats.errors import ParameterError
-from hotcold.formats.mixes import MIXES, Facts, choose, find, fitting, stays
+from hotcold.formats.mixes import MIXES, Facts, Mix, find, fitting, preferred, stays
 from hotcold.formats.types import GGMLType
 
 PEER = json.loads(quantize_cases.TYPES.read_text())
+
+
+def choose(mix: Mix, name: str, shape: tuple[int, ...], facts: Facts, **options: Any) -> GGMLType | None:
+    """The type that a tensor gets in the end."""
+    kind = preferred(mix, name, shape, facts, **options)
+    return None if kind is None else fitting(kind, shape[0])
 
 
 @pytest.mark.parametrize("name", MIXES)
