@@ -7,6 +7,7 @@ HotcoldError
 ├── DownloadError          a model could not be fetched or failed verification
 ├── TemplateError          a chat template that raised, or tried to leave its sandbox
 ├── ContextLengthError     prompt and answer do not fit the context
+├── BusyError              too many answers wait already (retry_after: seconds)
 ├── ParameterError         an argument out of range (also a ValueError)
 ├── StorageError           a folder or file that cannot be written
 ├── SectionError           a section that is not there, is damaged, or belongs to another model
@@ -48,6 +49,12 @@ class TemplateError(HotcoldError):
 
 class ContextLengthError(HotcoldError):
     """More tokens than the context holds."""
+
+
+class BusyError(HotcoldError):
+    """More answers wait than the queue takes."""
+
+    retry_after = 1  # seconds after which asking again makes sense
 
 
 class ParameterError(HotcoldError, ValueError):

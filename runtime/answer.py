@@ -1,26 +1,42 @@
-"""One answer: the token loop, and the text that leaves it in whole characters and without stop strings."""
+"""One answer: which token comes next, and the text that leaves it in whole characters and without stop strings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.errors import ParameterError
+from ..formats.errors import ContextLengthError, ParameterError
 from ..formats.tokenizer import StreamDecoder, Tokenizer
 from .sampler import Sampler, SamplingParams, check_int, log_softmax, top_ids
-from .session import Session, Stats, Stopwatch
+from .stats import Stats
 from .stops import StopMatcher
 
 if TYPE_CHECKING:
+    import asyncio
+
+    from .scheduler import Job, Scheduler
     from .usage import Usage
+
+UNREAD = 32  # pieces that nobody has read, after which an answer pauses
 
 Processor = Callable[[NDArray[np.intc], NDArray[np.float32]], Any]
 """(token ids so far, scores float32 (n_vocab,)) -> new scores, or whether to stop."""
+
+
+class Constraint(Protocol):
+    """What may come next: a grammar's state in one answer."""
+
+    def apply(self, scores: NDArray[np.float32]) -> None:
+        """Set the scores (n_vocab,) of tokens that may not come now to -inf."""
+
+    def accept(self, token: int) -> None:
+        """Go on after a token that was chosen, the end token too."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,7 @@ class Request:
     stop: tuple[str, ...] = ()
     processors: tuple[Processor, ...] = ()
     criteria: tuple[Processor, ...] = ()
+    constraint: Constraint | None = None
     logprobs: int | None = None  # how many alternatives to give with each token; None = no log probabilities
     prompt_logprobs: bool = False
 
@@ -56,112 +73,207 @@ class Piece:
 
 
 class Answer:
-    """An answer to be iterated over once; it takes its turn at the first step and gives it back at the end.
+    """An answer, to be iterated over once, by `for` or `async for`; it waits for its place from `start` on.
 
-    Afterwards: `finish_reason` "stop" or "length", `tokens` the ids of the answer, `prompt_scores`.
+    Afterwards: `finish_reason` "stop" or "length", `tokens` the ids of the answer, `prompt_scores`, `stats`. An answer
+    that nobody reads pauses, and gives its place to others that wait.
     """
 
-    def __init__(self, session: Session, tokenizer: Tokenizer, request: Request) -> None:
-        session.check_open()
-        session.check_prompt(len(request.ids), room=1)
+    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, request: Request) -> None:
         self.request = request
         self.finish_reason = ""
         self.tokens: list[int] = []
+        self.ids = list(request.ids)  # and then the answer's
         self.prompt_scores: list[TokenScore] = []
-        self._session, self._tokenizer = session, tokenizer
-        self._sampler = Sampler(request.params, session.engine.n_vocab)
-        self._latest: NDArray[np.float32] | None = None
+        self.ended = False
+        self.error: BaseException | None = None
+        engine = scheduler.engine
+        self.stats = Stats(prompt_tokens=len(request.ids), n_ctx=engine.n_ctx)
+        room = engine.n_ctx - len(request.ids)
+        self._limit = room if request.max_tokens is None else min(request.max_tokens, room)
+        if room < (self._limit > 0 or request.max_tokens is None):
+            raise ContextLengthError(
+                f"prompt: got {len(request.ids)} tokens, and the context holds n_ctx = {engine.n_ctx} and at least "
+                "one token of an answer; shorten the prompt or open the model with a larger n_ctx"
+            )
+        self._scheduler, self._tokenizer = scheduler, tokenizer
+        self._sampler = Sampler(request.params, engine.n_vocab)
+        # a SentencePiece model's first space is part of the text, unless nothing stands before it
+        continues = not all(map(tokenizer.is_control, request.ids))
+        self._decoder, self._matcher = StreamDecoder(tokenizer, continues=continues), StopMatcher(request.stop)
+        self._scores: list[TokenScore] = []  # of tokens whose text is held back
+        self._decoded = self._released = 0  # characters
+        self._prompt_text, self._prompt_offset = StreamDecoder(tokenizer), 0
+        self._pieces: deque[Piece] = deque()
+        self._job: Job | None = None
+        self._waker: tuple[asyncio.AbstractEventLoop, Callable[[], None]] | None = None
+        self._usage: Usage | None = None
+
+    # --- its reader ---
+
+    def start(self) -> None:
+        """Queue it, if it is not yet; BusyError where too many wait, ClosedError after close()."""
+        if self._job is None and not self.ended:
+            self._job = self._scheduler.submit(self)
 
     def __iter__(self) -> Generator[Piece, None, None]:
-        session = self._session
-        with session.turn.take():
-            session.check_open()
-            with closing(self._generate()) as tokens:
-                for piece in self._cut(tokens):
-                    yield piece
-                    session.turn.resume()
-                    session.check_open()
-
-    def _cut(self, tokens: Iterable[int]) -> Iterator[Piece]:
-        """Pieces of text out of token ids, up to the first stop string."""
-        # a SentencePiece model's first space is part of the text, unless nothing stands before it
-        continues = not all(map(self._tokenizer.is_control, self.request.ids))
-        decoder, matcher = StreamDecoder(self._tokenizer, continues=continues), StopMatcher(self.request.stop)
-        waiting: list[TokenScore] = []
-        decoded = released = 0
-        for token in tokens:
-            if self.request.logprobs is not None and self._latest is not None:
-                waiting.append(score(self._latest, token, self.request.logprobs, decoded))
-            fresh = decoder.push(token)
-            decoded += len(fresh)
-            text = matcher.push(fresh)
-            released += len(text)
-            if text:
-                yield Piece(text, [s for s in waiting if s.offset < released])
-                waiting = [s for s in waiting if s.offset >= released]
-            if matcher.stopped:
-                self.finish_reason = "stop"
-                return
-        # decoder.finish() would give a replacement character for half a character: better none
-        text = matcher.finish()
-        if text or waiting:
-            yield Piece(text, waiting)
-
-    def _generate(self) -> Generator[int, None, None]:
-        """Yield token ids; sets finish_reason, tokens and the session's stats."""
-        request, session = self.request, self._session
-        stats = session.stats = Stats(prompt_tokens=len(request.ids), n_ctx=session.engine.n_ctx)
-        room = session.engine.n_ctx - len(request.ids)
-        limit = room if request.max_tokens is None else min(request.max_tokens, room)
-        context = list(request.ids)
-        before: Usage | None = None
-        watch = Stopwatch()
+        self.start()
         try:
-            with watch:
-                logits = self._prefill(stats)
-            before = session.engine.usage
-            stats.prompt_s, watch.seconds = watch.seconds, 0.0
-            self.finish_reason = "length"
-            while len(self.tokens) < limit:
-                with watch:
-                    if self.tokens:
-                        logits = session.step(self.tokens[-1])
-                        stats.decode_steps += 1
-                    token = self._choose(logits, context)
-                if token is None or token in self._tokenizer.stop_ids:
-                    self.finish_reason = "stop"
-                    return
-                self._latest = logits
-                self.tokens.append(token)
-                context.append(token)
-                yield token
+            while True:
+                if self._job is not None:
+                    self._scheduler.advance(self._job)
+                while self._pieces:
+                    yield self._pieces.popleft()
+                if self.ended and not self._pieces:
+                    break
+            if self.error is not None:
+                raise self.error
         finally:
-            stats.decode_tokens, stats.decode_s = len(self.tokens), watch.seconds
-            if not session.closed:
-                stats.context_used = session.context_used
-                if before is not None:
-                    stats.usage = session.engine.usage - before
+            self.close()
 
-    def _prefill(self, stats: Stats) -> NDArray[np.float32]:
-        request = self.request
-        if not (request.prompt_logprobs and request.logprobs is not None):
-            logits, stats.reused_tokens = self._session.prefill(request.ids)
-            return logits
-        decoder, offset = StreamDecoder(self._tokenizer), 0
-        self.prompt_scores.append(TokenScore(request.ids[0], None, [], 0))
-        offset += len(decoder.push(request.ids[0]))
-        following = iter(request.ids[1:])
-        for block in self._session.rows(request.ids):
-            for row, token in zip(block, following, strict=False):
-                self.prompt_scores.append(score(row, token, request.logprobs, offset))
-                offset += len(decoder.push(token))
-        return block[-1]
+    async def __aiter__(self) -> AsyncGenerator[Piece, None]:
+        import asyncio  # who needs it has it
 
-    def _choose(self, logits: NDArray[np.float32], context: Sequence[int]) -> int | None:
+        self.start()
+        self._scheduler.run_in_background()
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                paused = not self.room
+                while self._pieces:
+                    yield self._pieces.popleft()
+                if self.ended and not self._pieces:
+                    break
+                woken = asyncio.Event()
+                self._waker = loop, woken.set
+                if not self.readable:
+                    if paused:
+                        self._scheduler.nudge()
+                    await woken.wait()
+            if self.error is not None:
+                raise self.error
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End it, from any thread and at any time: its place and its memory are free after the step in progress."""
+        job, self._job = self._job, None
+        self.ended = True
+        if job is not None:
+            self._scheduler.cancel(job)
+        self._wake()
+
+    def _wake(self) -> None:
+        for loop, wake in self.take_wakers():
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(wake)
+
+    # --- the scheduler ---
+
+    @property
+    def readable(self) -> bool:
+        """Whether its reader need not wait."""
+        return self.ended or bool(self._pieces)
+
+    @property
+    def room(self) -> bool:
+        """Whether it can go on."""
+        return not self.ended and len(self._pieces) < UNREAD
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still have."""
+        return self._limit - len(self.tokens)
+
+    def take_wakers(self) -> list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]]:
+        """Whom to call when there is something to read, once."""
+        waker = self._waker
+        if waker is None or not self.readable:
+            return []
+        self._waker = None
+        return [waker]
+
+    def take_prompt(self, rows: NDArray[np.float32]) -> None:
+        """Logits [n, n_vocab] of the next n tokens of the prompt, each for the token after it."""
+        ids, n_top, scores = self.request.ids, self.request.logprobs, self.prompt_scores
+        if n_top is None:
+            return
+        if not scores:
+            scores.append(TokenScore(ids[0], None, [], 0))
+            self._prompt_offset += len(self._prompt_text.push(ids[0]))
+        for row in rows:
+            if len(scores) < len(ids):
+                token = ids[len(scores)]
+                scores.append(score(row, token, n_top, self._prompt_offset))
+                self._prompt_offset += len(self._prompt_text.push(token))
+
+    def take(self, logits: NDArray[np.float32]) -> None:
+        """Logits (n_vocab,) after all tokens so far: choose the next token, or end."""
+        if self.ended:
+            return
+        try:
+            if self._usage is None:
+                self._usage = self._scheduler.engine.usage
+            if self._limit == 0:
+                return self._finish("length")
+            token = self._choose(logits)
+            if token is None or token in self._tokenizer.stop_ids:
+                return self._finish("stop")
+            self.tokens.append(token)
+            self.ids.append(token)
+            self.stats.decode_tokens = len(self.tokens)
+            self._cut(token, logits)
+            if self._matcher.stopped:
+                self._finish("stop")
+            elif len(self.tokens) >= self._limit:
+                self._finish("length")
+        except Exception as error:
+            self.fail(error)
+
+    def count_step(self, seconds: float, n_guesses: int) -> None:
+        """Note an evaluation of its last token."""
+        self.stats.decode_s += seconds
+        self.stats.decode_steps += 1
+        self.stats.guessed_tokens += n_guesses
+
+    def fail(self, error: BaseException) -> None:
+        """End it with an error, which its reader gets."""
+        if not self.ended:
+            self.error = error
+            self._end()
+
+    def _finish(self, reason: str) -> None:
+        # decoder.finish() would give a replacement character for half a character: better none
+        text = self._matcher.finish()
+        if text or (self._scores and not self._matcher.stopped):
+            self._pieces.append(Piece(text, self._scores))
+        self.finish_reason = reason
+        self._end()
+
+    def _end(self) -> None:
+        self.stats.context_used = len(self.ids)
+        if self._usage is not None:
+            with suppress(Exception):  # the engine may be closed
+                self.stats.usage = self._scheduler.engine.usage - self._usage
+        self.ended = True
+
+    def _cut(self, token: int, logits: NDArray[np.float32]) -> None:
+        """The text that this token makes certain, up to the first stop string."""
+        if self.request.logprobs is not None:
+            self._scores.append(score(logits, token, self.request.logprobs, self._decoded))
+        fresh = self._decoder.push(token)
+        self._decoded += len(fresh)
+        text = self._matcher.push(fresh)
+        self._released += len(text)
+        if text:
+            self._pieces.append(Piece(text, [s for s in self._scores if s.offset < self._released]))
+            self._scores = [s for s in self._scores if s.offset >= self._released]
+
+    def _choose(self, logits: NDArray[np.float32]) -> int | None:
         """The next token, or None where a stopping criterion says so."""
         request = self.request
         if request.processors or request.criteria:
-            ids, scores = np.array(context, np.intc), logits.copy()
+            ids, scores = np.array(self.ids, np.intc), logits.copy()
             for processor in request.processors:
                 scores = np.asarray(processor(ids, scores), np.float32)
                 if scores.shape != logits.shape:
@@ -169,7 +281,13 @@ class Answer:
             if any(criterion(ids, scores) for criterion in request.criteria):
                 return None
             logits = scores
-        return self._sampler.sample(logits, context)
+        if request.constraint is None:
+            return self._sampler.sample(logits, self.ids)
+        scores = logits.copy()
+        request.constraint.apply(scores)
+        token = self._sampler.sample(scores, self.ids)
+        request.constraint.accept(token)
+        return token
 
 
 def score(logits: NDArray[np.float32], token: int, n_top: int, offset: int) -> TokenScore:

@@ -34,8 +34,8 @@ class Completions:
 
     tokenizer: Tokenizer
     name: str
-    _ask: Callable[..., Answer]
-    _ask_chat: Callable[..., Answer]
+    ask: Callable[..., Answer]
+    ask_chat: Callable[..., Answer]
 
     def create_completion(
         self,
@@ -74,7 +74,7 @@ class Completions:
             raise ParameterError(f"suffix: got {type(suffix).__name__}, wanted a text")
         if logprobs is not None:
             check_int("logprobs", logprobs, 0)
-        answer = self._ask(
+        answer = self.ask(
             prompt, _limit(max_tokens), stop, special,
             logprobs=logprobs, prompt_logprobs=bool(echo),
             logits_processor=logits_processor, stopping_criteria=stopping_criteria,
@@ -131,7 +131,7 @@ class Completions:
             raise ParameterError(
                 f"top_logprobs: got {top_logprobs} without logprobs, wanted logprobs=True with it"
             )
-        answer = self._ask_chat(
+        answer = self.ask_chat(
             messages, _limit(max_tokens), stop, tools,
             logprobs=(top_logprobs or 0) if logprobs else None,
             logits_processor=logits_processor, fallback={"temp": 0.2},

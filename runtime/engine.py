@@ -14,7 +14,7 @@ from ..formats.config import ModelConfig
 from ..formats.errors import ClosedError, ParameterError, UnsupportedError
 from ..formats.gguf import GGUFFile
 from ..formats.section import Section, find_section
-from .cpu.layout import KV_BLOCK
+from .cpu.layout import KV_BLOCK, ROWS_MAX, TILE_MIN
 from .cpu.threads import default_threads
 from .decoder import Split, build
 from .down_t import add_down_t
@@ -48,7 +48,7 @@ class Engine:
     model: a path or an open GGUFFile (which the engine then owns). n_ctx: tokens a sequence may hold; default the
     model's own, less where memory is short. n_threads: default, the cores of this process. sparsity: auto, dense,
     exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
-    the model's section. placement: what runs on the GPU; without one, all runs on the CPU. trace: notes what ran when.
+    the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time. placement: what runs on the GPU; without one, all runs on the CPU. trace: notes what ran when.
     progress: called with a line while kernels compile. Not thread-safe: one call at a time.
     """
 
@@ -61,6 +61,7 @@ class Engine:
         sparsity: str = "auto",
         use_section: bool = True,
         placement: Placement | None = None,
+        n_parallel: int = 1,
         trace: Trace | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -74,8 +75,8 @@ class Engine:
         self.closed = False
         try:
             self.config = ModelConfig.from_gguf(self.file)
-            self.n_ctx = n_ctx or default_context(self.config)
-            _check_context(self.config, self.n_ctx)
+            self.n_ctx = n_ctx or default_context(self.config, n_parallel)
+            _check_context(self.config, self.n_ctx, n_parallel)
             self.n_threads = n_threads or default_threads()
             self.n_vocab = self.config.n_vocab
             if self.file.powerinfer and not use_section:
@@ -84,7 +85,8 @@ class Engine:
                 self.section = find_section(self.file, self.config)
             self.plan = plan(wanted, self.config, self.section)
             self._tensors = Tensors(self.file, *([self.section.image] if self.section else []))
-            self._cache = KVCache(self.config, self.n_ctx + KV_BLOCK)
+            per_sequence = -(-self.n_ctx // KV_BLOCK) + 1  # one to copy to, where a begun block is shared
+            self.cache = KVCache(self.config, n_parallel * per_sequence, copyable=placement is None)
             self._executor = self._cpu(progress) if placement is None else self._hybrid(placement, trace, progress)
         except BaseException as error:
             self._close_files()
@@ -119,7 +121,7 @@ class Engine:
         sizes = {"tokens": MICRO_BATCH, "outputs": MAX_OUTPUTS}
         try:
             segments = schedule(graph)
-            n_blocks = self._cache.n_blocks
+            n_blocks = self.cache.n_blocks
             numbers = n_blocks, self.n_ctx, self.n_threads
             gpu = load(segments, graph, self._tensors, c, cpu, placement, *numbers, sizes, trace, progress)
         except BaseException:
@@ -137,7 +139,7 @@ class Engine:
             graph,
             self._tensors,
             self.config,
-            self._cache,
+            self.cache,
             self.n_ctx,
             self.n_threads,
             MICRO_BATCH,
@@ -149,7 +151,7 @@ class Engine:
     def kv_bytes(self) -> int:
         """Bytes of a full KV cache."""
         self._check_open()
-        return self._cache.nbytes
+        return self.cache.nbytes
 
     @property
     def weight_bytes(self) -> int:
@@ -166,7 +168,7 @@ class Engine:
     def new_sequence(self) -> Sequence:
         """An empty sequence; several share the cache, whose size is that of one full context."""
         self._check_open()
-        return Sequence(self._cache, self.n_ctx)
+        return Sequence(self.cache, self.n_ctx)
 
     def eval(self, sequence: Sequence, ids: Seq[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Append tokens to a sequence and return their logits.
@@ -189,22 +191,47 @@ class Engine:
                 kept[part] = logits
         return logits if kept is None else kept
 
-    def eval_batch(self, batch: Seq[tuple[Sequence, Seq[int] | np.ndarray]]) -> np.ndarray:
-        """Append tokens to several sequences in one step; the logits of each one's last token.
+    @property
+    def max_rows(self) -> int:
+        """Most tokens that one step computes by rows."""
+        return TILE_MIN - 1 if self.plan else ROWS_MAX
+
+    def eval_batch(
+        self,
+        batch: Seq[tuple[Sequence, Seq[int] | np.ndarray]],
+        outputs: Seq[int] | None = None,
+        by_rows: bool | None = None,
+    ) -> np.ndarray:
+        """Append tokens to several sequences in one step; by default, the logits of each one's last token.
 
         batch: different sequences, each with at least one token id; at most MAX_OUTPUTS sequences and MICRO_BATCH
-        tokens. Returns float32 [len(batch), n_vocab]; the next call may overwrite it. Errors as of eval.
+        tokens. outputs: of how many of each sequence's last tokens logits are wanted. by_rows: the kernels of single
+        tokens (True; max_rows tokens at most), or of prompts (False); None: by the number of tokens. With either, a
+        token's numbers do not depend on the others in its step. Returns float32 [sum(outputs), n_vocab]; the next call
+        may overwrite it. Errors as of eval.
         """
         self._check_open()
         given = [(sequence, self._tokens(ids)) for sequence, ids in batch]
-        n_tok = sum(len(tokens) for _, tokens in given)
+        lengths = [len(tokens) for _, tokens in given]
+        wanted = [1] * len(given) if outputs is None else list(outputs)
         if not 0 < len(given) <= MAX_OUTPUTS or len({id(sequence) for sequence, _ in given}) < len(given):
             raise ParameterError(f"batch: got {len(given)} sequences, wanted 1 to {MAX_OUTPUTS} different ones")
-        if n_tok > MICRO_BATCH:
-            raise ParameterError(f"batch: got {n_tok} tokens, wanted at most {MICRO_BATCH} in one step")
+        if sum(lengths) > MICRO_BATCH:
+            raise ParameterError(f"batch: got {sum(lengths)} tokens, wanted at most {MICRO_BATCH} in one step")
+        if len(wanted) != len(given) or sum(wanted) > MAX_OUTPUTS or any(
+            not 0 <= n <= length for n, length in zip(wanted, lengths, strict=True)
+        ):
+            raise ParameterError(f"outputs: got {wanted}, wanted at most {MAX_OUTPUTS}, of tokens that are given")
+        tile_min = TILE_MIN
+        if by_rows is not None:
+            if by_rows and sum(lengths) > self.max_rows:
+                raise ParameterError(f"batch: got {sum(lengths)} tokens, wanted at most {self.max_rows} by rows")
+            tile_min = MICRO_BATCH + 1 if by_rows else 0
         for sequence, tokens in given:
             sequence.reserve(len(tokens))
-        return self._executor.run(given, np.cumsum([len(tokens) for _, tokens in given]) - 1)
+        ends = np.cumsum(lengths).tolist()
+        rows = [np.arange(end - n, end) for end, n in zip(ends, wanted, strict=True)]
+        return self._executor.run(given, np.concatenate(rows), tile_min=tile_min)
 
     def observe(self, sequence: Sequence, ids: Seq[int] | np.ndarray, see: Observer) -> None:
         """Append tokens to a sequence as eval does, and show every layer's FFN at work instead of logits.
@@ -249,7 +276,7 @@ class Engine:
         if not self.closed:
             self.closed = True
             self._executor.close()
-            del self._executor, self._cache, self._tensors
+            del self._executor, self.cache, self._tensors
             self._close_files()
 
     def _close_files(self) -> None:
@@ -272,22 +299,22 @@ def token_bytes(config: ModelConfig) -> int:
     return kv + config.rope_dim * 4 * (2 if config.local_base else 1)
 
 
-def default_context(config: ModelConfig) -> int:
-    """The model's context, or what fits into a share of the free memory, but never nothing."""
+def default_context(config: ModelConfig, n_parallel: int = 1) -> int:
+    """The model's context, or what fits n_parallel times into a share of the free memory, but never nothing."""
     free = available_bytes()
     if free is None:
         return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT)
-    fits = int(free * _KV_SHARE) // token_bytes(config) // KV_BLOCK * KV_BLOCK
+    fits = int(free * _KV_SHARE) // n_parallel // token_bytes(config) // KV_BLOCK * KV_BLOCK
     return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT, max(KV_BLOCK, fits))
 
 
-def _check_context(config: ModelConfig, n_ctx: int) -> None:
+def _check_context(config: ModelConfig, n_ctx: int, n_parallel: int) -> None:
     """Raise ParameterError for a context that could never be filled."""
     if config.n_positions and n_ctx > config.n_positions:
         raise ParameterError(
             f"n_ctx: got {n_ctx}, wanted at most {config.n_positions}: {config.name!r:.60} has no positions beyond"
         )
-    total, each = total_bytes(), token_bytes(config)
+    total, each = total_bytes(), token_bytes(config) * n_parallel
     if total is not None and n_ctx > total // each:
         raise ParameterError(
             f"n_ctx: got {n_ctx}, wanted at most {total // each}: each token takes {each} bytes, "

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..formats.config import ModelConfig
 from .cpu.jit import Progress
-from .cpu.layout import QUERY_TILE, Step
+from .cpu.layout import QUERY_TILE, TILE_MIN, Step
 from .cpu.lower import lower
 from .cpu.threads import ThreadPool
 from .graph import Graph
@@ -74,20 +74,23 @@ class CPUExecutor:
         """None: there is no GPU at work."""
         return None
 
-    def run(self, batch: Batch, outputs: np.ndarray, see: Observer | None = None) -> np.ndarray:
+    def run(
+        self, batch: Batch, outputs: np.ndarray, see: Observer | None = None, tile_min: int = TILE_MIN
+    ) -> np.ndarray:
         """One step: append each sequence's tokens (int32) and return the logits of the rows `outputs`.
 
         Rows number the batch's tokens in order. Returns float32 [len(outputs), n_vocab], a view that the next run
-        overwrites. The sequences must have reserved their room. see: called in the midst of each layer (Observer).
+        overwrites. The sequences must have reserved their room. see: called in the midst of each layer (Observer). tile_min: fewer tokens
+        or outputs are computed by rows, others by tiles.
         """
-        n_tok = self.begin(batch, outputs)
+        n_tok = self.begin(batch, outputs, tile_min)
         if see is None:
             self.walk(0, len(self.tape.rows))
         else:
             self._walk_by_layer(n_tok, see)
         return self.end(batch, outputs)
 
-    def begin(self, batch: Batch, outputs: np.ndarray) -> int:
+    def begin(self, batch: Batch, outputs: np.ndarray, tile_min: int = TILE_MIN) -> int:
         """Tell the kernels of a step; returns its tokens."""
         ids, positions, slots, out_rows = self.tokens
         row = n_tiles = 0
@@ -107,6 +110,7 @@ class CPUExecutor:
         self.steps += 1
         step = self._step
         step[Step.n_tok // 8], step[Step.n_out // 8], step[Step.n_tiles // 8] = row, len(outputs), n_tiles
+        step[Step.tile_min // 8] = tile_min
         return row
 
     def end(self, batch: Batch, outputs: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ..formats.errors import ClosedError
+from .cpu.layout import TILE_MIN
 from .executor import Batch, CPUExecutor, Observer
 from .schedule import Segment
 from .usage import HotUsage
@@ -120,10 +121,12 @@ class HybridExecutor:
         """What the GPU's neurons did so far."""
         return HotUsage(self._hot, self._n_tokens, self._gpu.active)
 
-    def run(self, batch: Batch, outputs: np.ndarray, see: Observer | None = None) -> np.ndarray:
+    def run(
+        self, batch: Batch, outputs: np.ndarray, see: Observer | None = None, tile_min: int = TILE_MIN
+    ) -> np.ndarray:
         """One step; as CPUExecutor.run. The first error of either side stops both and is raised here."""
         assert see is None, "only a dense engine on the CPU is observed"
-        step = _Step(batch, self._cpu.begin(batch, outputs), outputs, len(self._segments))
+        step = _Step(batch, self._cpu.begin(batch, outputs, tile_min), outputs, len(self._segments))
         try:
             self._worker.start(step)
             for segment in self._segments:

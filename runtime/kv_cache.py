@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+
 import numpy as np
 
 from ..formats.config import ModelConfig
 from ..formats.errors import ClosedError, ContextLengthError
 from .cpu.layout import KV_BLOCK
 from .memory import aligned
+from .prefix_cache import PrefixCache
 
 
 class KVCache:
     """Blocks of KV_BLOCK tokens. keys [n_layer][n_blocks][n_kv][dim_k][KV_BLOCK], values [..][n_kv][KV_BLOCK][dim_v].
 
-    Memory is only touched, and so only counted, where tokens have been stored.
+    A block may have several holders: sequences, and `prefixes`, which keeps what may be wanted again until its memory
+    is. copyable: whether a block can be copied here, so that sequences may share a part of it (not with a GPU, which
+    has some layers in its own memory). Memory is only touched, and so only counted, where tokens have been stored.
     """
 
-    def __init__(self, config: ModelConfig, n_tokens: int) -> None:
-        self.n_blocks = -(-n_tokens // KV_BLOCK)
+    def __init__(self, config: ModelConfig, n_blocks: int, copyable: bool = True) -> None:
+        self.n_blocks, self.copyable = n_blocks, copyable
         per_block = config.n_head_kv * KV_BLOCK * 2
         self.key_layer_bytes = self.n_blocks * per_block * config.head_dim_k
         self.value_layer_bytes = self.n_blocks * per_block * config.head_dim_v
         self._keys = aligned(config.n_layer * self.key_layer_bytes, zero=True)
         self._values = aligned(config.n_layer * self.value_layer_bytes, zero=True)
+        # uint8 [n_layer, n_blocks, bytes]
+        self.keys = self._keys.reshape(config.n_layer, self.n_blocks, -1)
+        self.values = self._values.reshape(config.n_layer, self.n_blocks, -1)
         self._fresh = 0  # blocks from here on were never taken
         self._free: list[int] = []
+        self._holders = [0] * self.n_blocks
+        self.prefixes = PrefixCache(self)
 
     @property
     def nbytes(self) -> int:
         """Bytes when full."""
         return self._keys.nbytes + self._values.nbytes
+
+    @property
+    def n_used(self) -> int:
+        """Blocks that somebody holds."""
+        return self._fresh - len(self._free)
 
     def layer(self, index: int) -> tuple[int, int]:
         """Addresses of a layer's keys and values."""
@@ -39,19 +54,39 @@ class KVCache:
         )
 
     def take(self) -> int:
-        """A free block."""
-        if self._free:
-            return self._free.pop()
-        if self._fresh == self.n_blocks:
+        """A block for one holder: a free one, or the one that was wanted least lately."""
+        if not self._free and self._fresh == self.n_blocks and not self.prefixes.evict():
             raise ContextLengthError(
                 f"KV cache is full: all {self.n_blocks * KV_BLOCK} tokens are in use; close a sequence"
             )
-        self._fresh += 1
-        return self._fresh - 1
+        if self._free:
+            block = self._free.pop()
+        else:
+            block = self._fresh
+            self._fresh += 1
+        self._holders[block] = 1
+        return block
 
-    def give(self, blocks: list[int]) -> None:
-        """Take blocks back."""
-        self._free.extend(reversed(blocks))
+    def hold(self, block: int) -> int:
+        """One holder more; gives the block."""
+        self._holders[block] += 1
+        return block
+
+    def holders(self, block: int) -> int:
+        """How many hold it."""
+        return self._holders[block]
+
+    def give(self, blocks: Seq[int]) -> None:
+        """One holder less of each block."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                self._free.append(block)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block's keys and values."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
 
 
 class Sequence:
@@ -70,19 +105,49 @@ class Sequence:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def adopt(self, ids: Seq[int]) -> int:
+        """Take what the cache has of `ids`, which begin with this sequence's tokens; how many tokens it took.
+
+        The last of the ids never, since its logits are not kept.
+        """
+        cache = self._open()
+        held = len(self.tokens)
+        if held % KV_BLOCK:
+            return 0
+        blocks, count = cache.prefixes.find(ids, len(ids) - 1)
+        for block in blocks[held // KV_BLOCK :]:
+            self._append(cache.hold(block))
+        self.tokens.extend(ids[held:count])
+        return max(0, count - held)
+
+    def share(self, tail: bool = False) -> None:
+        """Let other sequences have the blocks that are full; tail: and the begun one, so that this is the end."""
+        self._open().prefixes.add(self.tokens, self._blocks, tail)
+
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens: ContextLengthError if they do not fit."""
-        if self._cache is None:
-            raise ClosedError("this sequence is closed; make another with new_sequence()")
+        cache = self._open()
         wanted = len(self.tokens) + count
         if wanted > self._n_ctx:
             raise ContextLengthError(
                 f"{wanted} tokens do not fit the context of {self._n_ctx}; shorten the text or raise n_ctx"
             )
+        if len(self.tokens) % KV_BLOCK and cache.holders(self._blocks[-1]) > 1:  # others read it: write to a copy
+            shared, own = self._blocks[-1], cache.take()
+            cache.copy(shared, own)
+            self._blocks[-1] = self.table[len(self._blocks) - 1] = own
+            cache.give([shared])
         while len(self._blocks) * KV_BLOCK < wanted:
-            block = self._cache.take()
-            self.table[len(self._blocks)] = block
-            self._blocks.append(block)
+            self._append(cache.take())
+
+    def _append(self, block: int) -> None:
+        self.table[len(self._blocks)] = block
+        self._blocks.append(block)
+
+    def _open(self) -> KVCache:
+        if self._cache is None:
+            raise ClosedError("this sequence is closed; make another with new_sequence()")
+        return self._cache
 
     def slots(self, first: int, count: int) -> np.ndarray:
         """Cache slots (block * KV_BLOCK + lane, int32) of positions first..first+count-1."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing, closing
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.chat_template import ChatTemplate, load_template
-from ..formats.errors import FormatError, ParameterError, UnsupportedError
+from ..formats.errors import ClosedError, ContextLengthError, FormatError, ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer, load_tokenizer
-from .answer import Answer, Processor, Request, check_callables, check_max_tokens, check_stop
+from .answer import Answer, Constraint, Processor, Request, check_callables, check_max_tokens, check_stop
 from .chat_prompt import ChatPrompt, Messages
 from .completions import Completions
 from .sampler import PARAM_NAMES, SamplingParams, check_int, reject_unknown
-from .session import Session, Stats, check_ids
+from .scheduler import Scheduler
+from .stats import Stats
 
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .trace import Trace
 
+_ROWS = 128  # rows of logits asked of the engine at once
 _CALL_NAMES = ("max_tokens", "stop", "special", "tools", "logits_processor", *PARAM_NAMES)
 
 
@@ -38,14 +40,17 @@ class LLM(Completions):
     n_ctx: tokens of context (None = the model's, capped by memory); n_threads: None = the machine's cores.
     seed: for calls that give none; None = a fresh one a call. sparsity: which FFN neurons are computed: auto (all that
     matter), dense, exact, threshold=D or predict. placement: what runs on the GPU (hotcold.place makes one); None: all
-    runs on the CPU. trace: notes what ran when. progress: takes lines about slow steps (verbose sends them to stderr).
+    runs on the CPU. n_parallel: answers that are computed at once, each with a context of n_ctx; n_queue: answers that
+    may wait for that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far
+    for each that is chosen (prompt lookup); the text stays the same. trace: notes what ran when. progress: takes lines
+    about slow steps (verbose sends them to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
-    before. Only a prompt that goes on after an answer takes that answer's tokens from the cache, where they
-    were computed one by one, and may differ by rounding from what a new LLM would say.
+    before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from
+    the cache, where they were computed one by one, and may differ by rounding from what a new LLM would say.
 
-    Several threads may call: calls queue. A stream has its turn from its first step until it ends, is closed or
-    is dropped; another call by the thread that consumes it is an error.
+    Any number of threads and tasks may call. A stream is computed as it is read, at most answer.UNREAD pieces ahead;
+    one that nobody reads gives its place to others.
     """
 
     def __init__(
@@ -57,6 +62,9 @@ class LLM(Completions):
         seed: int | None = None,
         sparsity: str = "auto",
         placement: Placement | None = None,
+        n_parallel: int = 1,
+        n_queue: int | None = None,
+        lookup: int = 0,
         trace: Trace | None = None,
         verbose: bool = False,
         progress: Callable[[str], None] | None = None,
@@ -64,6 +72,7 @@ class LLM(Completions):
         for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads)):
             if value is not None:
                 check_int(name, value, 1)
+        serving = _check_serving(n_parallel, n_queue, lookup)
         if not isinstance(model, (str, Path)):
             raise ParameterError(f"model: got {type(model).__name__}, wanted a path or a model name")
         chosen_seed = SamplingParams(seed=seed).seed
@@ -80,11 +89,12 @@ class LLM(Completions):
             n_threads=n_threads,
             sparsity=sparsity,
             placement=placement,
+            n_parallel=n_parallel,
             trace=trace,
             progress=report,
         )
         try:
-            self._attach(engine, load_tokenizer(engine.file), None, chosen_seed, str(model))
+            self._attach(engine, load_tokenizer(engine.file), None, chosen_seed, str(model), serving)
         except BaseException:
             engine.close()
             raise
@@ -96,8 +106,11 @@ class LLM(Completions):
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
         seed: int | None = None,
+        n_parallel: int = 1,
+        n_queue: int | None = None,
+        lookup: int = 0,
     ) -> LLM:
-        """An LLM around an engine that is open already; it owns the engine from then on."""
+        """An LLM around an engine that is open already, for n_parallel sequences; it owns the engine from then on."""
         llm = cls.__new__(cls)
         llm._attach(
             engine,
@@ -105,6 +118,7 @@ class LLM(Completions):
             template,
             SamplingParams(seed=seed).seed,
             str(engine.file.path),
+            _check_serving(n_parallel, n_queue, lookup),
         )
         return llm
 
@@ -115,6 +129,7 @@ class LLM(Completions):
         template: ChatTemplate | None,
         seed: int | None,
         model: str,
+        serving: tuple[int, int | None, int],
     ) -> None:
         self.engine, self.tokenizer, self.name = engine, tokenizer, model
         self.config: ModelConfig = engine.config
@@ -127,7 +142,8 @@ class LLM(Completions):
             got, _, wanted = problem.partition(", wanted ")
             raise FormatError(engine.file.path, f"general.sampling ({name})", got, wanted) from error
         self._seed = seed
-        self._session = Session(engine)
+        self.scheduler = Scheduler(engine, *serving)
+        self._last: Answer | None = None
 
     @property
     def template(self) -> ChatTemplate:
@@ -149,7 +165,7 @@ class LLM(Completions):
     @property
     def closed(self) -> bool:
         """Whether close() was called."""
-        return self._session.closed
+        return self.scheduler.closed
 
     def generate(
         self,
@@ -182,7 +198,7 @@ class LLM(Completions):
         """
         _check_names(sampling)
         limit = check_max_tokens(max_tokens)
-        return _texts(self._ask(prompt, limit, stop, special, logits_processor=logits_processor, **sampling))
+        return _texts(self.ask(prompt, limit, stop, special, logits_processor=logits_processor, **sampling))
 
     def chat(
         self,
@@ -211,41 +227,76 @@ class LLM(Completions):
         """The same as `chat`, piece by piece, as `stream` does it."""
         _check_names(sampling)
         limit = check_max_tokens(max_tokens)
-        return _texts(
-            self._ask_chat(messages, limit, stop, tools, logits_processor=logits_processor, **sampling)
-        )
+        return _texts(self.ask_chat(messages, limit, stop, tools, logits_processor=logits_processor, **sampling))
+
+    async def astream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = 256,
+        stop: str | Sequence[str] | None = None,
+        special: bool = False,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[str, None]:
+        """The same as `stream`, for `async for` in any event loop; a thread of its own computes."""
+        _check_names(sampling)
+        limit = check_max_tokens(max_tokens)
+        answer = self.ask(prompt, limit, stop, special, logits_processor=logits_processor, **sampling)
+        async with aclosing(_atexts(answer)) as texts:
+            async for text in texts:
+                yield text
+
+    async def astream_chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        tools: list[Any] | None = None,
+        logits_processor: Processor | Sequence[Processor] | None = None,
+        **sampling: Any,
+    ) -> AsyncGenerator[str, None]:
+        """The same as `stream_chat`, as `astream` does it."""
+        _check_names(sampling)
+        limit = check_max_tokens(max_tokens)
+        answer = self.ask_chat(messages, limit, stop, tools, logits_processor=logits_processor, **sampling)
+        async with aclosing(_atexts(answer)) as texts:
+            async for text in texts:
+                yield text
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of a text; add_bos: with BOS where the model wants one; special: parse control tokens."""
-        self._session.check_open()
+        self._check_open()
         return self.tokenizer.encode(text, add_bos=None if add_bos else False, special=special)
 
     def detokenize(self, ids: Sequence[int], special: bool = False) -> str:
         """Text of token ids; special: with control tokens."""
-        self._session.check_open()
+        self._check_open()
         return self.tokenizer.decode(check_ids(ids, self.n_vocab), special=special)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Raw next-token scores, a fresh float32 array (len(ids), n_vocab); the context starts with `ids`."""
-        self._session.check_open()
+        self._check_open()
         checked = check_ids(ids, self.n_vocab)
-        self._session.check_prompt(len(checked), room=0)
+        if len(checked) > self.n_ctx:
+            raise ContextLengthError(
+                f"token ids: got {len(checked)}, and the context holds n_ctx = {self.n_ctx}; "
+                "pass fewer or open the model with a larger n_ctx"
+            )
         found = np.empty((len(checked), self.n_vocab), np.float32)
-        with self._session.turn.take():
-            self._session.check_open()
-            start = 0
-            for block in self._session.rows(checked):
-                found[start : start + len(block)] = block
-                start += len(block)
+        with closing(self.engine.new_sequence()) as sequence:
+            for start in range(0, len(checked), _ROWS):
+                part = checked[start : start + _ROWS]
+                with self.scheduler.exclusive() as engine:  # others have their steps in between
+                    found[start : start + len(part)] = engine.eval_batch([(sequence, part)], [len(part)], by_rows=False)
         return found
 
     def stats(self) -> Stats:
-        """Token counts and seconds of the last answer (a stream's are complete when it has ended)."""
-        return self._session.stats
+        """Token counts and seconds of the answer asked for last (a stream's are complete when it has ended)."""
+        return self._last.stats if self._last else Stats(n_ctx=self.n_ctx)
 
     def close(self) -> None:
-        """Wait for the calls in progress, then free the model; a stream that the caller holds ends there."""
-        self._session.close()
+        """Wait for the step in progress, then free the model; streams end there, with ClosedError for their readers."""
+        self.scheduler.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"n_ctx={self.n_ctx}, n_threads={self.engine.n_threads}"
@@ -255,7 +306,7 @@ class LLM(Completions):
         raise UnsupportedError(f"{self!r} cannot be copied or sent to another process; open the model there")
 
     def __enter__(self) -> LLM:
-        self._session.check_open()
+        self._check_open()
         return self
 
     def __exit__(
@@ -263,26 +314,31 @@ class LLM(Completions):
     ) -> None:
         self.close()
 
-    def _ask(
+    def ask(
         self,
         prompt: str | Sequence[int],
-        max_tokens: int | None,
+        max_tokens: int | None = 256,
         stop: str | Sequence[str] | None = None,
         special: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
         logits_processor: Processor | Sequence[Processor] | None = None,
         stopping_criteria: Processor | Sequence[Processor] | None = None,
+        constraint: Constraint | None = None,
         fallback: Mapping[str, float] | None = None,
         **sampling: Any,
     ) -> Answer:
-        """A checked, unstarted answer to a prompt; `fallback` stands behind the file's sampling defaults."""
-        self._session.check_open()
+        """A checked, unstarted answer to a prompt, to be iterated over with `for` or `async for`.
+
+        logprobs: how many alternatives to score for each token; prompt_logprobs: the prompt's tokens too. constraint:
+        what may come next (grammar.py), for one answer. fallback: stands behind the file's sampling defaults.
+        """
+        self._check_open()
         params = SamplingParams.from_metadata({**(fallback or {}), **self.config.sampling}, **sampling)
         if params.seed is None and self._seed is not None:
             params = replace(params, seed=self._seed)
-        return Answer(
-            self._session,
+        self._last = Answer(
+            self.scheduler,
             self.tokenizer,
             Request(
                 ids=self._prompt_ids(prompt, special),
@@ -291,34 +347,43 @@ class LLM(Completions):
                 stop=check_stop(stop),
                 processors=check_callables("logits_processor", logits_processor),
                 criteria=check_callables("stopping_criteria", stopping_criteria),
+                constraint=constraint,
                 logprobs=logprobs,
-                prompt_logprobs=prompt_logprobs,
+                prompt_logprobs=prompt_logprobs and logprobs is not None,
             ),
         )
+        return self._last
 
-    def _ask_chat(
+    def ask_chat(
         self,
         messages: Messages,
-        max_tokens: int | None,
+        max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         tools: list[Any] | None = None,
         logprobs: int | None = None,
         logits_processor: Processor | Sequence[Processor] | None = None,
+        constraint: Constraint | None = None,
         fallback: Mapping[str, float] | None = None,
         **sampling: Any,
     ) -> Answer:
-        self._session.check_open()
+        """The same as `ask`, for the assistant's answer to a conversation."""
+        self._check_open()
         if self._chat_prompt is None:
             self._chat_prompt = ChatPrompt(self.tokenizer, self.template)
-        return self._ask(
+        return self.ask(
             self._chat_prompt.encode(messages, tools),
             max_tokens,
             [*check_stop(stop), *self.template.stop_strings],
             logprobs=logprobs,
             logits_processor=logits_processor,
+            constraint=constraint,
             fallback=fallback,
             **sampling,
         )
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("LLM: used after close(); open the model again")
 
     def _prompt_ids(self, prompt: str | Sequence[int], special: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -369,6 +434,37 @@ def _texts(answer: Answer) -> Generator[str, None, None]:
         for piece in pieces:
             if piece.text:
                 yield piece.text
+
+
+async def _atexts(answer: Answer) -> AsyncGenerator[str, None]:
+    async with aclosing(answer.__aiter__()) as pieces:
+        async for piece in pieces:
+            if piece.text:
+                yield piece.text
+
+
+def _check_serving(n_parallel: int, n_queue: int | None, lookup: int) -> tuple[int, int | None, int]:
+    """Scheduler's arguments, checked."""
+    most = check_int("n_parallel", n_parallel, 1, 128)
+    queue = None if n_queue is None else check_int("n_queue", n_queue, 0)
+    return most, queue, check_int("lookup", lookup, 0, 16)
+
+
+def check_ids(ids: object, n_vocab: int) -> list[int]:
+    """Token ids as a list of int; ParameterError for anything else or an id out of range."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.size == 0 and array.ndim == 1:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ParameterError(f"token ids: got {type(ids).__name__}, wanted a flat list of integers")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= n_vocab:
+        raise ParameterError(f"token ids: got {low if low < 0 else high}, wanted 0 to {n_vocab - 1}")
+    found: list[int] = array.tolist()
+    return found
 
 
 def _join(stream: Generator[str, None, None]) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from hotcold.formats.chat_template import CHATML, ChatTemplate
+from hotcold.runtime.cpu.layout import KV_BLOCK
 from hotcold.runtime.llm import LLM
+from hotcold.runtime.prefix_cache import common
 from hotcold.runtime.usage import Usage
 
 # ids 0-255 are bytes; then words of several bytes, then control tokens
@@ -58,15 +60,30 @@ class FakeTokenizer:
 
 
 class FakeSequence:
-    def __init__(self) -> None:
+    """A sequence of an engine that remembers what ended sequences and full blocks held, and forgets nothing."""
+
+    def __init__(self, known: list[list[int]]) -> None:
         self.tokens: list[int] = []
         self.closed = False
+        self._known = known
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def truncate(self, n: int) -> None:
         del self.tokens[n:]
+
+    def adopt(self, ids: Sequence[int]) -> int:
+        if len(self.tokens) % KV_BLOCK:
+            return 0
+        held, wanted = len(self.tokens), list(ids[:-1])
+        most = max((common(known, wanted) for known in self._known), default=0)
+        self.tokens.extend(wanted[held:most])
+        return max(0, most - held)
+
+    def share(self, tail: bool = False) -> None:
+        full = len(self.tokens) if tail else len(self.tokens) // KV_BLOCK * KV_BLOCK
+        self._known.append(self.tokens[:full])
 
     def close(self) -> None:
         self.closed = True
@@ -84,10 +101,11 @@ class FakeEngine:
         self.calls: list[int] = []
         self.busy = threading.Lock()
         self.closed = False
-        self.usage, self.plan = Usage(), None
+        self.usage, self.plan, self.max_rows = Usage(), None, 32
+        self.known: list[list[int]] = []
 
     def new_sequence(self) -> FakeSequence:
-        return FakeSequence()
+        return FakeSequence(self.known)
 
     def row(self, tokens: list[int]) -> np.ndarray:
         logits = np.random.default_rng(tokens).standard_normal(N_VOCAB).astype(np.float32)
@@ -97,16 +115,22 @@ class FakeEngine:
             logits[chosen] = 30
         return logits
 
-    def eval(self, seq: FakeSequence, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
+    def eval_batch(
+        self, batch: Sequence[tuple[FakeSequence, Sequence[int]]], outputs: Sequence[int], by_rows: bool
+    ) -> np.ndarray:
         assert self.busy.acquire(blocking=False), "two threads in the engine"
         try:
-            assert not self.closed and len(ids) > 0 and len(seq) + len(ids) <= self.n_ctx
-            self.calls.append(len(ids))
-            rows = []
-            for token in ids:
-                seq.tokens.append(token)
-                rows.append(self.row(seq.tokens))
-            return np.array(rows if all_logits else rows[-1:])
+            assert not self.closed and (not by_rows or sum(len(ids) for _, ids in batch) <= self.max_rows)
+            rows: list[np.ndarray] = []
+            for (seq, ids), wanted in zip(batch, outputs, strict=True):
+                assert len(ids) > 0 and len(seq) + len(ids) <= self.n_ctx
+                self.calls.append(len(ids))
+                own = []
+                for token in ids:
+                    seq.tokens.append(token)
+                    own.append(self.row(seq.tokens))
+                rows += own[len(own) - wanted :]
+            return np.array(rows)
         finally:
             self.busy.release()
 
@@ -118,7 +142,9 @@ def make(next_token: Callable[[list[int]], int | None] = lambda tokens: None, **
     tokenizer = options.pop("tokenizer", None) or FakeTokenizer()
     template = options.pop("template", ChatTemplate(CHATML, "<s>", "<|im_end|>"))
     seed = options.pop("seed", None)
-    return LLM.from_engine(FakeEngine(next_token, **options), tokenizer, template, seed)  # type: ignore[arg-type]
+    serving = {name: options.pop(name) for name in ("n_parallel", "n_queue", "lookup") if name in options}
+    engine: Any = FakeEngine(next_token, **options)
+    return LLM.from_engine(engine, tokenizer, template, seed, **serving)
 
 
 def saying(*answer: int) -> Callable[[list[int]], int]:

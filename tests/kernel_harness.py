@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotcold.runtime.cpu import isa, jit
-from hotcold.runtime.cpu.layout import PANEL_TOKENS, Choice, Pack, Row, Step, packed_bytes
+from hotcold.runtime.cpu.layout import PANEL_TOKENS, TILE_MIN, Choice, Pack, Row, Step, packed_bytes
 from hotcold.runtime.cpu.threads import ThreadPool
 from hotcold.runtime.memory import aligned
 
@@ -118,6 +118,7 @@ class Tape:
     def walk(self, **step: Any) -> None:
         """One step with the given fields of its record."""
         record = np.zeros(len(Step), np.int64)
+        record[Step.tile_min // 8] = TILE_MIN
         for name, value in step.items():
             record[getattr(Step, name) // 8] = _slot(value)
         self._pool.run(self._rows.ctypes.data, len(self._rows), record.ctypes.data)

@@ -13,7 +13,7 @@ from . import console, gpu, options
 from .conversation import CHAT_LENGTH
 
 if TYPE_CHECKING:
-    from ..runtime.session import Stats
+    from ..runtime.stats import Stats
     from ..runtime.usage import Usage
 
 RAW_LENGTH = 256

@@ -9,7 +9,18 @@ from ...formats.errors import UnsupportedError
 from ..graph import Graph, memory_of
 from ..memory import aligned
 from ..tensors import Tensors
-from .layout import KV_BLOCK, PANEL_ROWS, PANEL_TOKENS, TILE_MIN, Choice, Item, Routing, packed_bytes, panel_bytes
+from .layout import (
+    KV_BLOCK,
+    PANEL_ROWS,
+    PANEL_TOKENS,
+    ROWS_MAX,
+    TILE_MIN,
+    Choice,
+    Item,
+    Routing,
+    packed_bytes,
+    panel_bytes,
+)
 
 FLOATS = ("F32", "F16", "BF16")
 GROUPS = dict.fromkeys(FLOATS, 0) | dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K"), 32)
@@ -76,7 +87,7 @@ class Buffers:
         """Addresses of a packed value's arrays, and which of them its readers need; of pairs, those of experts."""
         value = memory_of(value)
         kinds = self.kinds.get(value, set())
-        n_rows = TILE_MIN * (self.config.n_expert_used if value in self.by_pair else 1)
+        n_rows = ROWS_MAX * (self.config.n_expert_used if value in self.by_pair else 1)
         by_pair = [kind in FLOATS for kind in self.pair_kinds.get(value, ())]
         kinds = self.pair_kinds[value] if pairs else kinds
         out = {"quantised": int(any(k not in FLOATS for k in kinds)), "floats": int(any(k in FLOATS for k in kinds))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import TILE_MIN, Item, MatMul, Routing, Step
+from .layout import Item, MatMul, Routing, Step
 from .loads import i32_at, i64_at, put_f32
 from .matmul import rows_fill, slab
 from .products import AHEAD, product
@@ -22,7 +22,7 @@ def build(family: str, variant: str) -> Any:
     """out[pair] = matrix of its expert . x: by rows that of its token if `pairs` is given, and else its own."""
     p = product(variant)
     row_dot, quantised, sums_by_16 = p.row_dot, p.group > 0, p.group == 16
-    rows, tile_min, ahead = LANES, TILE_MIN, AHEAD
+    rows, ahead = LANES, AHEAD
     args_of, item_of, routing_of, step_of, item_bytes = MatMul, Item, Routing, Step, 8 * len(Item)
     _, tiles = slab(p, rows_fill(p))
 
@@ -111,7 +111,7 @@ def build(family: str, variant: str) -> Any:
 
     def experts(args, step, ith, turn):
         n_items = i64_at(i64_at(args + args_of.routing) + routing_of.experts)
-        if i64_at(step + step_of.n_tok) < tile_min:
+        if i64_at(step + step_of.n_tok) < i64_at(step + step_of.tile_min):
             return by_rows(args, n_items, turn)
         return by_tiles(args, n_items, ith, turn)
 

@@ -1,10 +1,10 @@
 """Sizes and argument records that kernels and the Python side share; imports no Numba.
 
-Activations reach a matmul *packed* in one of two ways, by the step's token count:
+Activations reach a matmul *packed* in one of two ways, rows in steps of fewer than Step.tile_min tokens:
 
-rows   (below TILE_MIN tokens), for each token: int8 quants [k], then for every 4 weights one lane of float32 scale
+rows   for each token: int8 quants [k], then for every 4 weights one lane of float32 scale
        (xd), of int32 negated quant sum (xn) and of float32 scaled quant sum (xs).
-panels (from TILE_MIN tokens on), for each TOKENS tokens: quants [k / 4][TOKENS][4], float32 scales [k / 32][TOKENS]
+panels for each TOKENS tokens: quants [k / 4][TOKENS][4], float32 scales [k / 32][TOKENS]
        (xd), scaled quant sums by 16 weights [k / 16][TOKENS] (xn) and by 32 [k / 32][TOKENS] (xs).
 
 Float weights take float32 activations (xf): [k] a token, or [k][TOKENS] a panel.
@@ -29,7 +29,8 @@ def arguments(name: str, fields: str) -> Any:
 
 # What a step tells the kernels: token counts, and addresses of int32 arrays with one entry a token.
 # tiles: int32 rows (first token, tokens, sequence) for attention; tables: int64 addresses of block tables.
-Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots")
+# tile_min: a step of fewer tokens (or outputs) is computed by rows; TILE_MIN, or what makes it rows or tiles in any case.
+Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots tile_min")
 # A row of the tape. It is skipped unless the int64 at address `when` (if not 0) is `want`; ticks: time spent so far.
 Row = record("Row", "kernel args barrier when want ticks")
 # What a layer's selection says: whether the step is sparse (1) or dense (0), and how many neurons are in its list; then
@@ -41,7 +42,8 @@ Choice = record("Choice", "sparse count active tokens sparse_steps listed dense_
 Routing = record("Routing", "experts positions tokens pairs read unused1 unused2 unused3")
 Item = record("Item", "expert first count")  # an expert with pairs, and their positions
 
-TILE_MIN = 8  # tokens from which on the tiled kernel is used
+TILE_MIN = 8  # tokens from which on the tiled kernel is used, where nobody says which; also the bound of lists of neurons
+ROWS_MAX = 32  # most tokens of a step by rows
 PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
 PANEL_ROWS = 16  # most weight rows in a register tile
 KV_BLOCK = 32  # tokens in a block of the KV cache
@@ -71,7 +73,7 @@ Attention = arguments(
 )
 
 
-def packed_bytes(k: int, tokens: int, quantised: bool, rows: int = TILE_MIN) -> dict[str, int]:
+def packed_bytes(k: int, tokens: int, quantised: bool, rows: int = ROWS_MAX) -> dict[str, int]:
     """Bytes of each packed array for up to `tokens` tokens of k activations (k a multiple of 32 if quantised).
 
     rows: the most tokens that are packed as rows.

@@ -1,15 +1,16 @@
 """Matrix products of weights and packed activations, one kernel a weight type, for any number of tokens.
 
-Few tokens: each weight row is read once and multiplied with every token's activations, 64 (or 32) weights an
-instruction. Many tokens: 16 (or 8) rows at a time are unpacked into a panel of bytes that stays in the cache, and a
-register tile of rows x tokens walks over it. Both accumulate exact integer sums by block, scaled in float32.
+By rows: each weight row is read once and multiplied with every token's activations, 64 (or 32) weights an
+instruction. By tiles, for many tokens: 16 (or 8) rows at a time are unpacked into a panel of bytes that stays in the
+cache, and a register tile of rows x tokens walks over it. Both accumulate exact integer sums by block, scaled in
+float32, in orders that differ: what a token gets depends on the way chosen for it, and never on the tokens beside it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .layout import TILE_MIN, MatMul
+from .layout import MatMul, Step
 from .loads import (
     f32_at,
     i64_at,
@@ -17,7 +18,7 @@ from .loads import (
     put_f32,
     store,
 )
-from .products import AHEAD, TOKENS, Product, product
+from .products import AHEAD, ROW_TOKENS, TOKENS, Product, product
 from .tape import finish, take
 from .tiles import tile_store
 from .vector import LANES, WIDE
@@ -118,9 +119,9 @@ def slab(p: Product, fill: Any) -> tuple[Any, Any]:
 
 def kernel(p: Product, fill: Any, few: bool = True) -> Any:
     """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows."""
-    row_dot, quantised, sums_by_16 = p.row_dot, p.group > 0, p.group == 16
-    rows, tile_min, ahead = LANES, TILE_MIN, AHEAD
-    args_of = MatMul
+    row_dot, row_dots, quantised, sums_by_16 = p.row_dot, p.row_dots, p.group > 0, p.group == 16
+    rows, together, ahead = LANES, ROW_TOKENS, AHEAD
+    args_of, step_of = MatMul, Step
     put, tiles = slab(p, fill)
 
     @inline
@@ -141,13 +142,27 @@ def kernel(p: Product, fill: Any, few: bool = True) -> Any:
             if first < 0:
                 break
             for r in range(first, min(first + chunk, n)):
-                for t in range(n_tok):
+                t = 0
+                while t + together <= n_tok:
+                    o = t * k
+                    if quantised:
+                        values = row_dots(w + r * row_bytes, xq + o, xd + o, xn + o, xs + o, k, ahead)
+                    else:
+                        values = row_dots(w + r * row_bytes, xf + 4 * o, 0, 0, 0, k, ahead)
+                    at = out + (t * stride + r) * 4
+                    put(args, at, r, values[0])
+                    put(args, at + stride * 4, r, values[1])
+                    put(args, at + stride * 8, r, values[2])
+                    put(args, at + stride * 12, r, values[3])
+                    t += together
+                while t < n_tok:
                     o = t * k
                     if quantised:
                         value = row_dot(w + r * row_bytes, xq + o, xd + o, xn + o, xs + o, k, ahead)
                     else:
                         value = row_dot(w + r * row_bytes, xf + 4 * o, 0, 0, 0, k, ahead)
                     put(args, out + (t * stride + r) * 4, r, value)
+                    t += 1
             finish(args)
         return n_chunks
 
@@ -170,7 +185,7 @@ def kernel(p: Product, fill: Any, few: bool = True) -> Any:
 
     def matmul(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
-        if few and n_tok < tile_min:
+        if few and n_tok < i64_at(step + step_of.tile_min):
             return by_rows(args, n_tok, turn)
         return by_tiles(args, n_tok, ith, turn)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .layout import TILE_MIN, Norm
+from .layout import Norm, Step
 from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, store
 from .pack import pack_span
 from .simd import fma, hsum, splat_f32
@@ -20,7 +20,7 @@ def build(family: str, variant: str) -> Any:
     For every token, or for the rows that the step's list names; over each group of values of a row. With `out`, floats
     are written or added there; packed they are in any case, where somebody reads that.
     """
-    args_of, lanes, tile_min, sqrt, layer = Norm, LANES, TILE_MIN, math.sqrt, variant == "layer"
+    args_of, step_of, lanes, sqrt, layer = Norm, Step, LANES, math.sqrt, variant == "layer"
 
     @inline
     def mean_of(x, n):
@@ -67,6 +67,7 @@ def build(family: str, variant: str) -> Any:
         xq, xd, xn = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xn)
         xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
         quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
+        as_rows = n_tok < i64_at(step + step_of.tile_min)
         while True:
             t = take(args, turn, n_tok)
             if t < 0:
@@ -100,7 +101,7 @@ def build(family: str, variant: str) -> Any:
                 for i in range(k):
                     at = out + (t * k + i) * 4
                     put_f32(at, f32_at(y + i * 4) + (f32_at(at) if add != 0 else 0.0))
-            pack_span(y, 0, k, k, t, n_tok < tile_min, xq, xd, xn, xs, xf, quantised, floats)
+            pack_span(y, 0, k, k, t, as_rows, xq, xd, xn, xs, xf, quantised, floats)
             finish(args)
         return n_tok
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import TILE_MIN, Choice, Pack, Routing
+from .layout import Choice, Pack, Routing, Step
 from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, store, store_dwords
 from .products import TOKENS
 from .simd import hmax, hsum, narrow_i8, part, round_to_i32, splat_f32, splat_i32, to_f32, vabs, where_less
@@ -96,14 +96,14 @@ def build(family: str, variant: str) -> Any:
     the arrays hold only the listed neurons. With a routing there is a row for each pair instead of each token:
     `activate` finds it at the pair's position, and `pack` takes the token's, where tokens are many.
     """
-    args_of, choice_of, routing_of, tile_min = Pack, Choice, Routing, TILE_MIN
+    args_of, step_of, choice_of, routing_of = Pack, Step, Choice, Routing
     activate = family == "activate"
     lanes = LANES
     neurons = neuron(variant or "relu")
 
     def pack(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
-        as_rows = n_tok < tile_min
+        as_rows = n_tok < i64_at(step + step_of.tile_min)
         routing, pairs = i64_at(args + args_of.routing), i64_at(args + args_of.pairs)
         if routing != 0:
             n_tok = i64_at(routing + routing_of.positions)

@@ -23,11 +23,12 @@ from .loads import (
     store_quads,
 )
 from .simd import concat, fma, hsum, shl, splat_f32, splat_i32, spread, to_f32
-from .tiles import dot4, tile_dot4, tile_fma, tile_scale, tile_zero
+from .tiles import dot4, tile_add, tile_dot4, tile_fma, tile_hsum, tile_scale, tile_zero
 from .vector import LANES, WIDE
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
 
 TOKENS = 8 if WIDE == 64 else 4  # tokens in a register tile
+ROW_TOKENS = 4  # tokens that share one reading of a weight row
 AHEAD = 8192  # bytes of weights to prefetch ahead: two pages, where the hardware's own stops at one
 
 
@@ -36,13 +37,14 @@ class Product:
     """What the matmul kernel is built around.
 
     row_dot: (weights, xq, xd, xn, xs, k, ahead) -> float, one row with one token, fetching what is `ahead` bytes from
-    each weight; float types read xf at xq. unpack: (four rows of weights, quants, scales, minima, k), rows into
-    neighbouring columns of a panel. multiply: (quants, scales, minima, xq, xd, xs, k) -> tile, a panel of rows with a
+    each weight; float types read xf at xq. row_dots: the same numbers for ROW_TOKENS tokens, as a tuple. unpack: (four
+    rows of weights, quants, scales, minima, k), rows into neighbouring columns of a panel. multiply: (quants, scales, minima, xq, xd, xs, k) -> tile, a panel of rows with a
     panel of tokens; multiply_half: with the first half of them, which gives the same numbers. group: weights that
     share a scale in a panel, 0 for float types.
     """
 
     row_dot: Any
+    row_dots: Any
     unpack: Any
     multiply: Any
     multiply_half: Any
@@ -96,6 +98,41 @@ def _accumulate(lanes: int, has_min: bool, offset: int, big: bool) -> Any:
     return add
 
 
+def _per_token(add: Any, count: int) -> Any:
+    """`add` to each token's accumulator in a tuple; their activations lie `stride` bytes apart in all arrays."""
+    if count == 1:
+
+        @inline
+        def one(u, q, d, n, s, stride, scale, minimum, acc):
+            return (add(u, q, d, n, s, scale, minimum, acc[0]),)
+
+        return one
+    assert count == ROW_TOKENS == 4
+
+    @inline
+    def four(u, q, d, n, s, stride, scale, minimum, acc):
+        two, three = 2 * stride, 3 * stride
+        return (
+            add(u, q, d, n, s, scale, minimum, acc[0]),
+            add(u, q + stride, d + stride, n + stride, s + stride, scale, minimum, acc[1]),
+            add(u, q + two, d + two, n + two, s + two, scale, minimum, acc[2]),
+            add(u, q + three, d + three, n + three, s + three, scale, minimum, acc[3]),
+        )
+
+    return four
+
+
+def _both(dots: Any) -> tuple[Any, Any]:
+    """A product of a row by its count of tokens: (for one, as a number; for ROW_TOKENS, as a tuple)."""
+    one, many = dots(1), dots(ROW_TOKENS)
+
+    @inline
+    def row_dot(p, q, d, n, s, k, ahead):
+        return one(p, q, d, n, s, k, ahead)[0]
+
+    return row_dot, many
+
+
 def _plain(t: Plain) -> Product:
     size, quants, pair, big, has_min = t.n_bytes, t.quants, t.pair, t.big, t.has_min
     negative_offset = -float(t.offset)
@@ -104,53 +141,58 @@ def _plain(t: Plain) -> Product:
 
     add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
 
-    @inline
-    def one_block(p, q, d, n, s, acc):
-        """32 weights."""
-        scale = splat_f16(p, p, 8)
-        minimum = splat_f16(p + 2, p + 2, 8) if has_min else scale
-        return add_32(quants(p), q, d, n, s, scale, minimum, acc)
+    def dots(count: int) -> Any:
+        each_32, each_64 = _per_token(add_32, count), _per_token(add_64, count)
 
-    @inline
-    def two_blocks(p, q, d, n, s, acc):
-        """64 weights."""
-        scale = splat_f16(p, p + size, 16)
-        minimum = splat_f16(p + 2, p + size + 2, 16) if has_min else scale
-        return add_64(pair(p, p + size), q, d, n, s, scale, minimum, acc)
+        @inline
+        def one_block(p, q, d, n, s, k, acc):
+            """32 weights."""
+            scale = splat_f16(p, p, 8)
+            minimum = splat_f16(p + 2, p + 2, 8) if has_min else scale
+            return each_32(quants(p), q, d, n, s, k, scale, minimum, acc)
 
-    @inline
-    def row_dot_64(p, q, d, n, s, k, ahead):
-        a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
-        i = 0
-        while i + 128 <= k:
-            prefetch(p + ahead, four)
-            a = two_blocks(p, q + i, d + i, n + i, s + i, a)
-            b = two_blocks(p + two, q + i + 64, d + i + 64, n + i + 64, s + i + 64, b)
-            p += four
-            i += 128
-        if i + 64 <= k:
-            prefetch(p + ahead, two)
-            a = two_blocks(p, q + i, d + i, n + i, s + i, a)
-            p += two
-            i += 64
-        total = hsum(a + b)
-        if i < k:
-            total += hsum(one_block(p, q + i, d + i, n + i, s + i, splat_f32(0.0, 8)))
-        return total
+        @inline
+        def two_blocks(p, q, d, n, s, k, acc):
+            """64 weights."""
+            scale = splat_f16(p, p + size, 16)
+            minimum = splat_f16(p + 2, p + size + 2, 16) if has_min else scale
+            return each_64(pair(p, p + size), q, d, n, s, k, scale, minimum, acc)
 
-    @inline
-    def row_dot_32(p, q, d, n, s, k, ahead):
-        a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
-        i = 0
-        while i + 64 <= k:
-            prefetch(p + ahead, two)
-            a = one_block(p, q + i, d + i, n + i, s + i, a)
-            b = one_block(p + size, q + i + 32, d + i + 32, n + i + 32, s + i + 32, b)
-            p += two
-            i += 64
-        if i < k:
-            a = one_block(p, q + i, d + i, n + i, s + i, a)
-        return hsum(a + b)
+        @inline
+        def dots_64(p, q, d, n, s, k, ahead):
+            a, b = tile_zero(splat_f32(0.0, 16), count), tile_zero(splat_f32(0.0, 16), count)
+            i = 0
+            while i + 128 <= k:
+                prefetch(p + ahead, four)
+                a = two_blocks(p, q + i, d + i, n + i, s + i, k, a)
+                b = two_blocks(p + two, q + i + 64, d + i + 64, n + i + 64, s + i + 64, k, b)
+                p += four
+                i += 128
+            if i + 64 <= k:
+                prefetch(p + ahead, two)
+                a = two_blocks(p, q + i, d + i, n + i, s + i, k, a)
+                p += two
+                i += 64
+            last = tile_zero(splat_f32(0.0, 8), count)
+            if i < k:
+                last = one_block(p, q + i, d + i, n + i, s + i, k, last)
+            return tile_add(tile_hsum(tile_add(a, b)), tile_hsum(last))
+
+        @inline
+        def dots_32(p, q, d, n, s, k, ahead):
+            a, b = tile_zero(splat_f32(0.0, 8), count), tile_zero(splat_f32(0.0, 8), count)
+            i = 0
+            while i + 64 <= k:
+                prefetch(p + ahead, two)
+                a = one_block(p, q + i, d + i, n + i, s + i, k, a)
+                b = one_block(p + size, q + i + 32, d + i + 32, n + i + 32, s + i + 32, k, b)
+                p += two
+                i += 64
+            if i < k:
+                a = one_block(p, q + i, d + i, n + i, s + i, k, a)
+            return tile_hsum(tile_add(a, b))
+
+        return dots_64 if WIDE == 64 else dots_32
 
     @inline
     def unpack(p0, p1, p2, p3, to_q, to_d, to_m, k):
@@ -171,7 +213,7 @@ def _plain(t: Plain) -> Product:
             p3 += size
 
     multiply, multiply_half = (_tile_product(32, big, count) for count in (TOKENS, TOKENS // 2))
-    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, multiply, multiply_half, 32)
+    return Product(*_both(dots), unpack, multiply, multiply_half, 32)
 
 
 def _super(t: Super) -> Product:
@@ -195,62 +237,62 @@ def _super(t: Super) -> Product:
     b1, b2, b3 = (i * 64 // group for i in (1, 2, 3))
     c1, c2, c3 = (i * 32 // group for i in (1, 2, 3))
 
-    @inline
-    def row_dot_64(p, q, d, n, s, k, ahead):
-        a, b = splat_f32(0.0, 16), splat_f32(0.0, 16)
-        for i in range(0, k, 256):
-            prefetch(p + ahead, size)
-            sc = scales_of(p)
-            mn = minima_of(p) if has_min else sc
-            u0, u1, u2, u3 = quants(p, 0)
-            v0, v1, v2, v3 = quants(p, 1)
-            c = i
-            a = add_64(
-                concat(u0, u1), q + c, d + c, n + c, s + c, spread(sc, 0, repeat, 16), spread(mn, 0, repeat, 16), a
-            )
-            c = i + 64
-            b = add_64(
-                concat(u2, u3), q + c, d + c, n + c, s + c, spread(sc, b1, repeat, 16), spread(mn, b1, repeat, 16), b
-            )
-            c = i + 128
-            a = add_64(
-                concat(v0, v1), q + c, d + c, n + c, s + c, spread(sc, b2, repeat, 16), spread(mn, b2, repeat, 16), a
-            )
-            c = i + 192
-            b = add_64(
-                concat(v2, v3), q + c, d + c, n + c, s + c, spread(sc, b3, repeat, 16), spread(mn, b3, repeat, 16), b
-            )
-            p += size
-        return hsum(a + b)
-
-    @inline
-    def half_dot(us, sc, mn, q, d, n, s, a, b):
-        """128 weights of one half, whose sub-blocks' scales begin at lane 0 of sc."""
-        u0, u1, u2, u3 = us
-        a = add_32(u0, q, d, n, s, spread(sc, 0, repeat, 8), spread(mn, 0, repeat, 8), a)
-        c = 32
-        b = add_32(u1, q + c, d + c, n + c, s + c, spread(sc, c1, repeat, 8), spread(mn, c1, repeat, 8), b)
-        c = 64
-        a = add_32(u2, q + c, d + c, n + c, s + c, spread(sc, c2, repeat, 8), spread(mn, c2, repeat, 8), a)
-        c = 96
-        b = add_32(u3, q + c, d + c, n + c, s + c, spread(sc, c3, repeat, 8), spread(mn, c3, repeat, 8), b)
-        return a, b
-
     half_sub = n_sub // 2
 
-    @inline
-    def row_dot_32(p, q, d, n, s, k, ahead):
-        a, b = splat_f32(0.0, 8), splat_f32(0.0, 8)
-        for i in range(0, k, 256):
-            prefetch(p + ahead, size)
-            sc = scales_of(p)
-            mn = minima_of(p) if has_min else sc
-            a, b = half_dot(quants(p, 0), sc, mn, q + i, d + i, n + i, s + i, a, b)
-            c = i + 128
-            high, low = spread(sc, half_sub, 1, half_sub), spread(mn, half_sub, 1, half_sub)
-            a, b = half_dot(quants(p, 1), high, low, q + c, d + c, n + c, s + c, a, b)
-            p += size
-        return hsum(a + b)
+    def dots(count: int) -> Any:
+        each_32, each_64 = _per_token(add_32, count), _per_token(add_64, count)
+
+        @inline
+        def chunk_64(u, v, sc, mn, first, q, d, n, s, c, k, acc):
+            """64 weights from column c on, whose sub-blocks' scales begin at lane `first`."""
+            scale, minimum = spread(sc, first, repeat, 16), spread(mn, first, repeat, 16)
+            return each_64(concat(u, v), q + c, d + c, n + c, s + c, k, scale, minimum, acc)
+
+        @inline
+        def dots_64(p, q, d, n, s, k, ahead):
+            a, b = tile_zero(splat_f32(0.0, 16), count), tile_zero(splat_f32(0.0, 16), count)
+            for i in range(0, k, 256):
+                prefetch(p + ahead, size)
+                sc = scales_of(p)
+                mn = minima_of(p) if has_min else sc
+                u0, u1, u2, u3 = quants(p, 0)
+                v0, v1, v2, v3 = quants(p, 1)
+                a = chunk_64(u0, u1, sc, mn, 0, q, d, n, s, i, k, a)
+                b = chunk_64(u2, u3, sc, mn, b1, q, d, n, s, i + 64, k, b)
+                a = chunk_64(v0, v1, sc, mn, b2, q, d, n, s, i + 128, k, a)
+                b = chunk_64(v2, v3, sc, mn, b3, q, d, n, s, i + 192, k, b)
+                p += size
+            return tile_hsum(tile_add(a, b))
+
+        @inline
+        def chunk_32(u, sc, mn, first, q, d, n, s, c, k, acc):
+            scale, minimum = spread(sc, first, repeat, 8), spread(mn, first, repeat, 8)
+            return each_32(u, q + c, d + c, n + c, s + c, k, scale, minimum, acc)
+
+        @inline
+        def half_dot(us, sc, mn, q, d, n, s, c, k, a, b):
+            """128 weights of one half, whose sub-blocks' scales begin at lane 0 of sc."""
+            u0, u1, u2, u3 = us
+            a = chunk_32(u0, sc, mn, 0, q, d, n, s, c, k, a)
+            b = chunk_32(u1, sc, mn, c1, q, d, n, s, c + 32, k, b)
+            a = chunk_32(u2, sc, mn, c2, q, d, n, s, c + 64, k, a)
+            b = chunk_32(u3, sc, mn, c3, q, d, n, s, c + 96, k, b)
+            return a, b
+
+        @inline
+        def dots_32(p, q, d, n, s, k, ahead):
+            a, b = tile_zero(splat_f32(0.0, 8), count), tile_zero(splat_f32(0.0, 8), count)
+            for i in range(0, k, 256):
+                prefetch(p + ahead, size)
+                sc = scales_of(p)
+                mn = minima_of(p) if has_min else sc
+                a, b = half_dot(quants(p, 0), sc, mn, q, d, n, s, i, k, a, b)
+                high, low = spread(sc, half_sub, 1, half_sub), spread(mn, half_sub, 1, half_sub)
+                a, b = half_dot(quants(p, 1), high, low, q, d, n, s, i + 128, k, a, b)
+                p += size
+            return tile_hsum(tile_add(a, b))
+
+        return dots_64 if WIDE == 64 else dots_32
 
     @inline
     def unpack(p0, p1, p2, p3, to_q, to_d, to_m, k):
@@ -283,7 +325,7 @@ def _super(t: Super) -> Product:
             p3 += size
 
     multiply, multiply_half = (_tile_product(group, big, count) for count in (TOKENS, TOKENS // 2))
-    return Product(row_dot_64 if WIDE == 64 else row_dot_32, unpack, multiply, multiply_half, group)
+    return Product(*_both(dots), unpack, multiply, multiply_half, group)
 
 
 def _float(name: str) -> Product:
@@ -297,19 +339,32 @@ def _float(name: str) -> Product:
         return hsum(load(p, 1))
 
     @inline
-    def row_dot(p, x, d, n, s, k, ahead):
-        a, b = splat_f32(0.0, lanes), splat_f32(0.0, lanes)
-        i = 0
-        while i + 2 * lanes <= k:
-            prefetch(p + i * size + ahead, step)
-            a = fma(load(p + i * size, lanes), load_f32(x + i * 4, lanes), a)
-            b = fma(load(p + (i + lanes) * size, lanes), load_f32(x + (i + lanes) * 4, lanes), b)
-            i += 2 * lanes
-        total = hsum(a + b)
-        while i < k:
-            total += scalar(p + i * size) * f32_at(x + i * 4)
-            i += 1
-        return total
+    def add(v, x, d, n, s, scale, minimum, acc):
+        return fma(v, load_f32(x, lanes), acc)
+
+    @inline
+    def add_one(v, x, d, n, s, scale, minimum, total):
+        return total + v * f32_at(x)
+
+    def dots(count: int) -> Any:
+        each, each_one = _per_token(add, count), _per_token(add_one, count)
+
+        @inline
+        def row_dots(p, x, d, n, s, k, ahead):
+            a, b = tile_zero(splat_f32(0.0, lanes), count), tile_zero(splat_f32(0.0, lanes), count)
+            i, stride = 0, 4 * k
+            while i + 2 * lanes <= k:
+                prefetch(p + i * size + ahead, step)
+                a = each(load(p + i * size, lanes), x + i * 4, 0, 0, 0, stride, 0, 0, a)
+                b = each(load(p + (i + lanes) * size, lanes), x + (i + lanes) * 4, 0, 0, 0, stride, 0, 0, b)
+                i += 2 * lanes
+            totals = tile_hsum(tile_add(a, b))
+            while i < k:
+                totals = each_one(scalar(p + i * size), x + i * 4, 0, 0, 0, stride, 0, 0, totals)
+                i += 1
+            return totals
+
+        return row_dots
 
     @inline
     def unpack(p0, p1, p2, p3, to, d, m, k):
@@ -341,4 +396,4 @@ def _float(name: str) -> Product:
 
         return multiply
 
-    return Product(row_dot, unpack, of_tokens(tokens), of_tokens(tokens // 2), 0)
+    return Product(*_both(dots), unpack, of_tokens(tokens), of_tokens(tokens // 2), 0)

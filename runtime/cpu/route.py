@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .layout import TILE_MIN, Combine, Item, Route, Routing, Step
+from .layout import Combine, Item, Route, Routing, Step
 from .loads import f32_at, i8_at, i32_at, i64_at, load_f32, put_f32, put_i32, put_i64, store
 from .products import TOKENS
 from .simd import fma, hsum, splat_f32
@@ -31,7 +31,7 @@ def _route() -> Any:
     choice, its position and weight; position -1: computed elsewhere).
     """
     args_of, item_of, routing_of, step_of = Route, Item, Routing, Step
-    item_bytes, tokens, tile_min, lanes = 8 * len(Item), TOKENS, TILE_MIN, LANES
+    item_bytes, tokens, lanes = 8 * len(Item), TOKENS, LANES
     lowest, nan = -math.inf, math.nan
 
     @inline
@@ -128,7 +128,8 @@ def _route() -> Any:
                     e = i32_at(slots + at + i * 4)
                     add(spare + e * 8, 1)
                     add(heat + e * 8, 1)
-            n_items, end = list_items(n, here, items, spare, pairs, tokens if n_tok >= tile_min else 1)
+            panel = tokens if n_tok >= i64_at(step + step_of.tile_min) else 1
+            n_items, end = list_items(n, here, items, spare, pairs, panel)
             listed = 0
             for i in range(n_tok * n_used):
                 e = i32_at(slots + i * 4)

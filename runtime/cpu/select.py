@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .atomics import atomic_add
-from .layout import TILE_MIN, Choice, Select, Step
+from .layout import Choice, Select, Step
 from .loads import f32_at, f64_at, i64_at, load_f32, put_f32, put_i32, put_i64
 from .simd import bits_less, count_ones, lowest_bit, splat_f32
 from .tape import finish, take
@@ -19,7 +19,7 @@ def build(family: str, variant: str) -> Any:
     Few tokens get a list of the neurons that any of them needs, and for each token and listed neuron the gate, or the
     score less its cut (`picked`). If the list is longer than the limit, or tokens are many, the step is dense.
     """
-    args_of, step_of, choice_of, tile_min, lanes = Select, Step, Choice, TILE_MIN, LANES
+    args_of, step_of, choice_of, lanes = Select, Step, Choice, LANES
     predict = variant == "scores"
     full = (1 << LANES) - 1
 
@@ -64,7 +64,7 @@ def build(family: str, variant: str) -> Any:
         low, high, top = f64_at(args + args_of.low), f64_at(args + args_of.high), f64_at(args + args_of.top)
         cut, to, picked = i64_at(args + args_of.cut), i64_at(args + args_of.list), i64_at(args + args_of.picked)
         choice, limit = i64_at(args + args_of.choice), i64_at(args + args_of.limit)
-        few = n_tok < tile_min
+        few = n_tok < i64_at(step + step_of.tile_min)
         n_chunks = 1 if few else n_tok
         while True:
             c = take(args, turn, n_chunks)

@@ -265,22 +265,23 @@ def _count_bits(name, *extra):
 count_ones, lowest_bit = _count_bits("ctpop"), _count_bits("cttz", ir.Constant(ir.IntType(1), 1))
 
 
-def _reduce(name, start=None):
+def emit_reduce(b, x, name):
+    """The sum ("add") or the largest ("max") of a vector's lanes."""
+    n, floats = x.type.count, x.type.element == F32
+    while n > 1:  # halves: a tree, the same order on every level
+        n //= 2
+        low, high = piece(b, x, 0, n), piece(b, x, n, n)
+        if name == "max":
+            x = call(b, f"llvm.maxnum.v{n}f32", low.type, low, high)
+        else:
+            x = b.fadd(low, high) if floats else b.add(low, high)
+    return b.extract_element(x, I32(0))
+
+
+def _reduce(name):
     @intrinsic
     def apply(typingctx, v):
-        def codegen(context, b, sig, args):
-            x = args[0]
-            n = v.n
-            while n > 1:  # halves: a tree, the same order on every level
-                n //= 2
-                low, high = piece(b, x, 0, n), piece(b, x, n, n)
-                if name == "max":
-                    x = call(b, f"llvm.maxnum.v{n}f32", low.type, low, high)
-                else:
-                    x = b.fadd(low, high) if v.elt == "f32" else b.add(low, high)
-            return b.extract_element(x, I32(0))
-
-        return SCALARS[v.elt](v), codegen
+        return SCALARS[v.elt](v), lambda context, b, sig, args: emit_reduce(b, args[0], name)
 
     return apply
 

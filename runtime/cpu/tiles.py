@@ -7,6 +7,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .simd import emit_reduce
 from .vector import F32, I8, I16, I32, I64, LEVEL, SOFT_HALF, call, const, load_from, shuffle, splat_of, store_to
 
 
@@ -104,6 +105,27 @@ def tile_scale(typingctx, tile, ints, v, address):
         return cgutils.pack_array(b, out)
 
     return tile(tile, ints, v, types.intp), codegen
+
+
+@intrinsic
+def tile_add(typingctx, x, y):
+    """x[t] + y[t], of vectors or of numbers."""
+
+    def codegen(context, b, sig, args):
+        pairs = [(b.extract_value(args[0], t), b.extract_value(args[1], t)) for t in range(x.count)]
+        return cgutils.pack_array(b, [b.fadd(left, right) for left, right in pairs])
+
+    return x(x, y), codegen
+
+
+@intrinsic
+def tile_hsum(typingctx, tile):
+    """The sum of each vector's lanes."""
+
+    def codegen(context, b, sig, args):
+        return cgutils.pack_array(b, [emit_reduce(b, b.extract_value(args[0], t), "add") for t in range(tile.count)])
+
+    return types.UniTuple(types.float32, tile.count)(tile), codegen
 
 
 @intrinsic
