@@ -91,7 +91,7 @@ class Answer:
         self.stats = Stats(prompt_tokens=len(request.ids), n_ctx=engine.n_ctx)
         room = engine.n_ctx - len(request.ids)
         self._limit = room if request.max_tokens is None else min(request.max_tokens, room)
-        if room < (self._limit > 0 or request.max_tokens is None):
+        if room < (request.max_tokens != 0):
             raise ContextLengthError(
                 f"prompt: got {len(request.ids)} tokens, and the context holds n_ctx = {engine.n_ctx} and at least "
                 "one token of an answer; shorten the prompt or open the model with a larger n_ctx"

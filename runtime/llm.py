@@ -279,7 +279,7 @@ class LLM(Completions):
         checked = check_ids(ids, self.n_vocab)
         if len(checked) > self.n_ctx:
             raise ContextLengthError(
-                f"token ids: got {len(checked)}, and the context holds n_ctx = {self.n_ctx}; "
+                f"token ids: got {len(checked)} tokens, and the context holds n_ctx = {self.n_ctx}; "
                 "pass fewer or open the model with a larger n_ctx"
             )
         found = np.empty((len(checked), self.n_vocab), np.float32)

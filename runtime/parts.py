@@ -20,12 +20,3 @@ def parts(n: int, size: int) -> Iterator[slice]:
         yield slice(start, stop)
         start = stop
 
-
-def reusable(n_common: int, n: int) -> int:
-    """How many of a prompt's n tokens to take from the cache, of whose tokens n_common agree with it.
-
-    The last one never, because its logits are not kept. More are computed again where that keeps a repeated prompt on
-    the kernels that it took at first: the same seed then gives the same text.
-    """
-    found = min(n_common, n - TILE_MIN)
-    return found if found >= TILE_MIN else 0

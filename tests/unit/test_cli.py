@@ -179,7 +179,7 @@ def test_run_reads_its_prompt_from_anywhere(fake_llm: list[Any], tmp_path: Path)
         result = invoke("run", "m", "--temp", "0", *arguments, input=piped)
         assert (result.exit_code, result.stdout) == (0, "Hello\n")
         llm = fake_llm[-1][1]
-        tokens = llm._session._sequence.tokens
+        tokens = llm._last.ids
         assert tokens[: len(text.encode()) + 1] == llm.tokenize(text)
 
 
@@ -188,7 +188,7 @@ def test_run_chat_and_stats(fake_llm: list[Any]) -> None:
     assert (result.exit_code, result.stdout) == (0, "Hello\n")
     assert result.stderr.startswith("hotcold: prompt ") and "tok/s" in result.stderr
     llm = fake_llm[-1][1]
-    prompt = llm.detokenize(llm._session._sequence.tokens, special=True)
+    prompt = llm.detokenize(llm._last.ids, special=True)
     assert prompt.startswith("<s><|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>")
 
 
@@ -199,7 +199,7 @@ def test_run_limits_the_length(fake_llm: list[Any]) -> None:
 def test_run_parses_control_tokens_only_when_asked(fake_llm: list[Any]) -> None:
     for arguments, found in (([], False), (["--special"], True)):
         invoke("run", "m", "-p", "<|im_end|>x?", "--temp", "0", *arguments)
-        assert (fakes.END in fake_llm[-1][1]._session._sequence.tokens) is found
+        assert (fakes.END in fake_llm[-1][1]._last.ids) is found
 
 
 def test_seed_repeats_the_text(fake_llm: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

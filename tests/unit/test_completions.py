@@ -35,10 +35,10 @@ def test_sampling_defaults_come_from_the_file() -> None:
     greedy = make(temp=0.0)
     assert greedy.generate("a", max_tokens=8) == greedy.generate("a", max_tokens=8)
     assert greedy.generate("a", max_tokens=8) == make().generate("a", max_tokens=8, temperature=0)
-    asked = greedy._ask("a", 1, top_k=5, temperature=0.5).request.params
+    asked = greedy.ask("a", 1, top_k=5, temperature=0.5).request.params
     assert (asked.temperature, asked.top_k, asked.top_p) == (0.5, 5, 0.95)
-    assert make()._ask_chat("a", 1, fallback={"temp": 0.2}).request.params.temperature == 0.2
-    assert greedy._ask_chat("a", 1, fallback={"temp": 0.2}).request.params.temperature == 0.0
+    assert make().ask_chat("a", 1, fallback={"temp": 0.2}).request.params.temperature == 0.2
+    assert greedy.ask_chat("a", 1, fallback={"temp": 0.2}).request.params.temperature == 0.0
     with pytest.raises(FormatError, match="fake.gguf: general.sampling .top_p.: got 7"):
         make(top_p=7.0)
 

@@ -20,10 +20,7 @@ from fakes import (
     saying,
 )
 
-from hotcold.formats.errors import (
-    ClosedError,
-    HotcoldError,
-)
+from hotcold.formats.errors import ClosedError
 from hotcold.runtime.llm import LLM
 
 
@@ -49,19 +46,18 @@ def test_an_unstarted_stream_takes_no_turn() -> None:
     assert len(list(chunks)) == 3
 
 
-def test_a_call_inside_ones_own_stream_is_an_error() -> None:
-    llm, other = make(), make(saying(HEL))
-    stream = llm.stream("a", seed=1)
-    next(stream)
-    for call in (lambda: llm.generate("b"), lambda: llm.logits([1]), lambda: next(llm.stream("c"))):
-        with pytest.raises(HotcoldError, match="finish the stream or call its close"):
-            call()
-    assert other.generate("?") == "Hel"
-    next(stream)
-    with pytest.raises(HotcoldError, match="finish the stream"):
-        llm.chat("b")
-    stream.close()
-    assert llm.generate("b", max_tokens=2, seed=1)
+def test_streams_of_one_thread_interleave() -> None:
+    llm = make(saying(*b"streams of one thread, longer than what is kept for a reader who does not come"))
+    wanted = llm.generate("a?")
+    first, second = llm.stream("a?"), llm.stream("b?")
+    pairs = list(zip(first, second, strict=True))
+    assert "".join(a for a, _ in pairs) == "".join(b for _, b in pairs) == wanted
+    held = llm.stream("a?")
+    begun = next(held)
+    for _ in range(3):
+        assert llm.generate("c?") == wanted, "a stream that nobody reads gives its place away"
+    assert llm.logits([1]).shape == (1, N_VOCAB)
+    assert begun + "".join(held) == wanted
 
 
 def test_a_stream_may_move_between_threads() -> None:
@@ -159,7 +155,7 @@ def test_close_is_final_and_may_be_repeated() -> None:
         next(pending)
 
 
-def test_close_waits_for_another_threads_call() -> None:
+def test_close_waits_for_the_step_of_another_thread_and_ends_its_call() -> None:
     started, go = threading.Event(), threading.Event()
     llm = make(saying(HEL, LO))
     engine = llm.engine
@@ -169,8 +165,15 @@ def test_close_waits_for_another_threads_call() -> None:
         go.wait(20)
         return scores
 
-    texts: list[str] = []
-    worker = threading.Thread(target=lambda: texts.append(llm.generate("a?", logits_processor=slow)))
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            llm.generate("a?", logits_processor=slow)
+        except BaseException as error:
+            errors.append(error)
+
+    worker = threading.Thread(target=call)
     worker.start()
     assert started.wait(20)
     closer = threading.Thread(target=llm.close)
@@ -179,7 +182,7 @@ def test_close_waits_for_another_threads_call() -> None:
     go.set()
     worker.join(20)
     closer.join(20)
-    assert texts == ["Hello"] and engine.closed
+    assert engine.closed and [type(error) for error in errors] == [ClosedError]
 
 
 def test_dropping_the_model_frees_it_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
