@@ -42,8 +42,9 @@ ATTN_NORM, ATTN_NORM_BIAS = weights(attn_norm="n_embd"), biases(attn_norm="n_emb
 SECOND_NORM = both(weights(attn_norm_2="n_embd"), biases(attn_norm_2="n_embd"))
 FFN_NORM, FFN_NORM_BIAS = weights(ffn_norm="n_embd"), biases(ffn_norm="n_embd")
 POST_NORMS = weights(post_attention_norm="n_embd", post_ffw_norm="n_embd")
-QKV, QKV_BIAS = weights(attn_q="n_embd n_q", attn_k="n_embd n_k", attn_v="n_embd n_v"), biases(
-    attn_q="n_q", attn_k="n_k", attn_v="n_v"
+QKV, QKV_BIAS = (
+    weights(attn_q="n_embd n_q", attn_k="n_embd n_k", attn_v="n_embd n_v"),
+    biases(attn_q="n_q", attn_k="n_k", attn_v="n_v"),
 )
 FUSED_QKV, FUSED_QKV_BIAS = weights(attn_qkv="n_embd n_qkv"), biases(attn_qkv="n_qkv")
 OUT, OUT_BIAS = weights(attn_output="n_att n_embd"), biases(attn_output="n_embd")
@@ -63,9 +64,7 @@ EXPERTS = weights(
     ffn_down_exps="n_one n_embd n_expert",
 )
 
-MODEL_WIDE = both(
-    EMBEDDING, POSITIONS, OUTPUT_NORM, OUTPUT_NORM_BIAS, OUTPUT, ROPE_FREQS, ROPE_FACTORS
-)
+MODEL_WIDE = both(EMBEDDING, POSITIONS, OUTPUT_NORM, OUTPUT_NORM_BIAS, OUTPUT, ROPE_FREQS, ROPE_FACTORS)
 """Tensors that are there once; all others belong to a block."""
 
 LLAMA_BLOCK = both(ATTN_NORM, QKV, OUT, FFN_NORM)

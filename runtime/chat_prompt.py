@@ -58,9 +58,7 @@ class ChatPrompt:
             known = self.tokenizer
             texts = {known.token_text(i) for i in range(known.n_vocab) if known.is_control(i)} - {""}
             # the longest first: Python's alternation takes the first that fits; (?!) matches nothing
-            self._control = re.compile(
-                "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
-            )
+            self._control = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
         return self._control
 
 
@@ -82,14 +80,10 @@ def _content(i: int, content: object) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
-        raise ParameterError(
-            f"messages[{i}].content: got {type(content).__name__}, wanted a text or a list of parts"
-        )
+        raise ParameterError(f"messages[{i}].content: got {type(content).__name__}, wanted a text or a list of parts")
     for part in content:
         if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise UnsupportedError(
-                f"messages[{i}].content: got a part of type {part.get('type')!r}, supported is text"
-            )
+            raise UnsupportedError(f"messages[{i}].content: got a part of type {part.get('type')!r}, supported is text")
     return "".join(part["text"] for part in content)
 
 

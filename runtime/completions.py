@@ -82,12 +82,8 @@ class Completions:
             repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty, logit_bias=logit_bias,
         )  # fmt: skip
-        before = (
-            prompt if isinstance(prompt, str) else self.tokenizer.decode(answer.request.ids, special=True)
-        )
-        reply = _Text(
-            answer, self.tokenizer, model or self.name, before=before, echo=bool(echo), suffix=suffix or ""
-        )
+        before = prompt if isinstance(prompt, str) else self.tokenizer.decode(answer.request.ids, special=True)
+        reply = _Text(answer, self.tokenizer, model or self.name, before=before, echo=bool(echo), suffix=suffix or "")
         return reply.chunks() if stream else reply.whole()
 
     __call__ = create_completion
@@ -124,13 +120,9 @@ class Completions:
         """
         _refuse_other(other)
         if response_format is not None and dict(response_format) != {"type": "text"}:
-            raise UnsupportedError(
-                f"response_format: got {dict(response_format)}, supported is {{'type': 'text'}}"
-            )
+            raise UnsupportedError(f"response_format: got {dict(response_format)}, supported is {{'type': 'text'}}")
         if top_logprobs is not None and check_int("top_logprobs", top_logprobs, 0) and not logprobs:
-            raise ParameterError(
-                f"top_logprobs: got {top_logprobs} without logprobs, wanted logprobs=True with it"
-            )
+            raise ParameterError(f"top_logprobs: got {top_logprobs} without logprobs, wanted logprobs=True with it")
         answer = self.ask_chat(
             messages, _limit(max_tokens), stop, tools,
             logprobs=(top_logprobs or 0) if logprobs else None,
@@ -285,7 +277,6 @@ class _Chat(_Reply):
             }
 
         content = [
-            {**entry(s.id, s.logprob), "top_logprobs": [entry(i, logprob) for i, logprob in s.top]}
-            for s in scores
+            {**entry(s.id, s.logprob), "top_logprobs": [entry(i, logprob) for i, logprob in s.top]} for s in scores
         ]
         return {"content": content, "refusal": None}

@@ -103,9 +103,7 @@ class FFN:
         tensor = f"blk.{self.layer}.{name}"
         return part(tensor, "cold") if self.n_cold else tensor
 
-    def _add(
-        self, op: str, reads: str, writes: str, name: str = "", branch: str = "", **rest: str | float
-    ) -> None:
+    def _add(self, op: str, reads: str, writes: str, name: str = "", branch: str = "", **rest: str | float) -> None:
         bias = self.bias(f"blk.{self.layer}.{name.removesuffix('_t')}") if name else ""
         if name in _WHOLE or name.endswith("_exps"):
             tensor = f"blk.{self.layer}.{name}.weight"

@@ -48,8 +48,9 @@ class Engine:
     model: a path or an open GGUFFile (which the engine then owns). n_ctx: tokens a sequence may hold; default the
     model's own, less where memory is short. n_threads: default, the cores of this process. sparsity: auto, dense,
     exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
-    the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time. placement: what runs on the GPU; without one, all runs on the CPU. trace: notes what ran when.
-    progress: called with a line while kernels compile. Not thread-safe: one call at a time.
+    the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time.
+    placement: what runs on the GPU; without one, all runs on the CPU. trace: notes what ran when. progress: called with
+    a line while kernels compile. Not thread-safe: one call at a time.
     """
 
     def __init__(
@@ -218,8 +219,10 @@ class Engine:
             raise ParameterError(f"batch: got {len(given)} sequences, wanted 1 to {MAX_OUTPUTS} different ones")
         if sum(lengths) > MICRO_BATCH:
             raise ParameterError(f"batch: got {sum(lengths)} tokens, wanted at most {MICRO_BATCH} in one step")
-        if len(wanted) != len(given) or sum(wanted) > MAX_OUTPUTS or any(
-            not 0 <= n <= length for n, length in zip(wanted, lengths, strict=True)
+        if (
+            len(wanted) != len(given)
+            or sum(wanted) > MAX_OUTPUTS
+            or any(not 0 <= n <= length for n, length in zip(wanted, lengths, strict=True))
         ):
             raise ParameterError(f"outputs: got {wanted}, wanted at most {MAX_OUTPUTS}, of tokens that are given")
         tile_min = TILE_MIN

@@ -80,8 +80,8 @@ class CPUExecutor:
         """One step: append each sequence's tokens (int32) and return the logits of the rows `outputs`.
 
         Rows number the batch's tokens in order. Returns float32 [len(outputs), n_vocab], a view that the next run
-        overwrites. The sequences must have reserved their room. see: called in the midst of each layer (Observer). tile_min: fewer tokens
-        or outputs are computed by rows, others by tiles.
+        overwrites. The sequences must have reserved their room. see: called in the midst of each layer
+        (Observer). tile_min: fewer tokens or outputs are computed by rows, others by tiles.
         """
         n_tok = self.begin(batch, outputs, tile_min)
         if see is None:

@@ -33,8 +33,9 @@ def check_placement(placement: Placement, config: ModelConfig) -> None:
         raise ParameterError(f"placement: got {len(placement.hot)} layers, wanted {config.n_layer}")
     for layer, ids in enumerate(placement.hot):
         if len(ids) and not (0 <= ids[0] and ids[-1] < n_ff and (np.diff(ids) > 0).all()):
-            raise ParameterError(f"placement: layer {layer}: got ids from {ids.min()} to {ids.max()}, wanted 0 to "
-                                 f"{n_ff - 1}, ascending")
+            raise ParameterError(
+                f"placement: layer {layer}: got ids from {ids.min()} to {ids.max()}, wanted 0 to {n_ff - 1}, ascending"
+            )
         if config.n_expert:
             _check_experts(layer, ids, config.expert_neurons)
         elif len(ids) % _GROUP and len(ids) != n_ff:

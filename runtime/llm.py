@@ -398,9 +398,7 @@ class LLM(Completions):
         if not ids:
             first = self.tokenizer.bos_id if self.tokenizer.bos_id is not None else self.tokenizer.eos_id
             if first is None:
-                raise ParameterError(
-                    "prompt: got an empty one, and this model has no BOS token to start from"
-                )
+                raise ParameterError("prompt: got an empty one, and this model has no BOS token to start from")
             ids = [first]
         return ids
 

@@ -19,4 +19,3 @@ def parts(n: int, size: int) -> Iterator[slice]:
             stop = n - TILE_MIN
         yield slice(start, stop)
         start = stop
-

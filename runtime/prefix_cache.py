@@ -1,7 +1,7 @@
 """Beginnings that were computed before: a tree of KV blocks by their tokens, shared by all sequences.
 
-As in vLLM's and SGLang's caches (Kwon et al. 2023, arXiv:2309.06180; Zheng et al. 2024, arXiv:2312.07104): what is wanted
-least lately goes first, leaves before what they go on from.
+As in vLLM's and SGLang's caches (Kwon et al. 2023, arXiv:2309.06180; Zheng et al. 2024, arXiv:2312.07104): what is
+wanted least lately goes first, leaves before what they go on from.
 """
 
 from __future__ import annotations

@@ -219,9 +219,7 @@ def top_ids(row: NDArray[np.float32], n: int) -> NDArray[np.int64]:
 def _check_peak(peak: float) -> None:
     # max and argmax both surface a NaN, so looking at the peak covers the row
     if math.isnan(peak) or peak == math.inf:
-        raise HotcoldError(
-            f"logits: got {peak}, wanted finite numbers; the model file or a logits_processor is broken"
-        )
+        raise HotcoldError(f"logits: got {peak}, wanted finite numbers; the model file or a logits_processor is broken")
     if peak == -math.inf:
         raise HotcoldError("logits: every token is ruled out; loosen logit_bias or the logits_processor")
 

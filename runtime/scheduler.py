@@ -1,8 +1,8 @@
 """Continuous batching: answers join and leave the running batch at every step of one engine.
 
-A step is one evaluation of the tokens that were chosen last, of all running answers together, and one of a part of the
-prompts that wait. Both kinds of tokens have kernels of their own, in which a token's numbers do not depend on the others
-in its step: an answer is the same alone and among others.
+A step is one evaluation of the tokens that were chosen last, of all running answers together, and one of a part of
+the prompts that wait. Both kinds of tokens have kernels of their own, in which a token's numbers do not depend on the
+others in its step: an answer is the same alone and among others.
 """
 
 from __future__ import annotations
@@ -338,4 +338,3 @@ class Scheduler:
                 for loop, wake in job.answer.take_wakers():
                     loop.call_soon_threadsafe(wake)
             self.engine.close()
-

@@ -179,4 +179,3 @@ def _thresholds(density: float, section: Section | None, config: ModelConfig) ->
     order = np.argsort(known)
     chosen = (float(np.interp(density, known[order], layer[order])) for layer in values.T)
     return tuple(max(value, config.activation_floor) for value in chosen)
-

@@ -1,4 +1,4 @@
-"""A lock that serves in the order of asking: with an ordinary one, a thread that takes it in a loop starves the others."""
+"""A lock that serves in the order of asking: an ordinary one starves others where a thread takes it in a loop."""
 
 from __future__ import annotations
 

@@ -142,9 +142,7 @@ def solve(
     return Solved(second.choice, "optimal" if left <= gap or second.status == "optimal" else "feasible", bound, left)
 
 
-def _attempt(
-    mip: Any, program: _Program, tables: Tables, known: list[Choice], time_limit: float, gap: float
-) -> Solved:
+def _attempt(mip: Any, program: _Program, tables: Tables, known: list[Choice], time_limit: float, gap: float) -> Solved:
     program.model.max_mip_gap = gap / 4  # rounding takes the rest
     program.model.preprocess = 0  # it would put sums in place of the integers that count, on which to branch
     status = _optimize(program.model, time_limit)
@@ -268,9 +266,7 @@ class _Program:
                 some = doors[side, 1] = self._var("B")
                 leaving[1].append(some)
                 kind = "B" if self.integral else "C"
-                weights[side] = [
-                    (int(k), self._var(kind, cost[side, k], int(nbytes[side, k]))) for k in columns[side]
-                ]
+                weights[side] = [(int(k), self._var(kind, cost[side, k], int(nbytes[side, k]))) for k in columns[side]]
                 self._row([(var, 1.0) for _, var in weights[side]] + [(some, -1.0)], 0.0, "=")
             mine = [(var, 1.0) for (where, _), var in doors.items() if where == side]
             self._row(mine + [(enter[0][side], -1.0), (enter[1][side], -1.0)], 0.0, "=")

@@ -105,6 +105,7 @@ class _Layer:
         self, file: GGUFFile, config: ModelConfig, n: int, recorded: Recording, split: Split, plan: Plan
     ) -> None:
         self.n_embd, self.n_ff, self.plan = config.n_embd, config.n_ff, plan
+
         def tensor(name: str) -> torch.Tensor | None:
             found = f"blk.{n}.{name}"
             return torch.from_numpy(file.dequantized(found)).to(device()) if config.has(name) else None

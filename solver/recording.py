@@ -49,9 +49,7 @@ class Recording:
         self.sizes = np.zeros((config.n_layer, tokens), np.float32)
         self.inputs = np.memmap(file, np.float16, "w+", shape=(config.n_layer, tokens, config.n_embd))
 
-    def run(
-        self, engine: Engine, corpus: Corpus, progress: Callable[[int], object] = lambda tokens: None
-    ) -> None:
+    def run(self, engine: Engine, corpus: Corpus, progress: Callable[[int], object] = lambda tokens: None) -> None:
         """Record a corpus after what is there already; progress is called with the tokens recorded in all."""
         done = 0
 

@@ -74,9 +74,7 @@ def choice_of(placement: Placement, problem: Problem) -> Choice | None:
     return Choice(tuple(groups), placement.attention, placement.head)
 
 
-def find(
-    model: GGUFFile, section: Section | None, asked: Asked, problem: Problem
-) -> tuple[Placement | None, str, str]:
+def find(model: GGUFFile, section: Section | None, asked: Asked, problem: Problem) -> tuple[Placement | None, str, str]:
     """A stored placement that fits, or None; where it was; and why the section's does not fit, if it has one."""
     reason = ""
     in_section = section.placement() if section else None

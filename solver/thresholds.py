@@ -174,9 +174,7 @@ class Reads:
 def reads(file: GGUFFile, config: ModelConfig, kind: GGMLType | None = None) -> Reads:
     """Of all layers together; kind: of ffn_down_t, see transpose.contents."""
     layers = range(config.n_layer)
-    first, *second = (
-        sum(file.info(f"blk.{n}.{part}.weight").nbytes for n in layers) for part in projections(config)
-    )
+    first, *second = (sum(file.info(f"blk.{n}.{part}.weight").nbytes for n in layers) for part in projections(config))
     down = sum(file.info(f"blk.{n}.ffn_down.weight").nbytes for n in layers)
     down_t = sum(tensor.nbytes for tensor in transpose.contents(file, config, kind).tensors)
     return Reads(first, sum(second) + down_t, first + sum(second) + down)

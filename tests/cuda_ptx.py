@@ -63,9 +63,7 @@ def assemble(name: str, capability: tuple[int, int]) -> Assembled:
     def figure(pattern: str) -> int:
         return sum(int(n) for n in re.findall(pattern, said))
 
-    return Assembled(
-        figure(r"Used (\d+) registers"), figure(r"(\d+) bytes spill"), figure(r"(\d+) bytes smem")
-    )
+    return Assembled(figure(r"Used (\d+) registers"), figure(r"(\d+) bytes spill"), figure(r"(\d+) bytes smem"))
 
 
 def main(names: list[str]) -> None:

@@ -54,9 +54,7 @@ class FakeTokenizer:
         return self.token_bytes(id).decode(errors="replace")
 
     def decode(self, ids: Sequence[int], special: bool = False) -> str:
-        return b"".join(self.token_bytes(i) for i in ids if special or not self.is_control(i)).decode(
-            errors="replace"
-        )
+        return b"".join(self.token_bytes(i) for i in ids if special or not self.is_control(i)).decode(errors="replace")
 
 
 class FakeSequence:
@@ -92,9 +90,7 @@ class FakeSequence:
 class FakeEngine:
     """`next_token(tokens)` names the likeliest next token; None asks for noise seeded by the tokens."""
 
-    def __init__(
-        self, next_token: Callable[[list[int]], int | None], n_ctx: int = 200, **sampling: float
-    ) -> None:
+    def __init__(self, next_token: Callable[[list[int]], int | None], n_ctx: int = 200, **sampling: float) -> None:
         self.next_token, self.n_ctx, self.n_vocab = next_token, n_ctx, N_VOCAB
         self.file = SimpleNamespace(path=Path("fake.gguf"), metadata={})
         self.config = SimpleNamespace(sampling=sampling)

@@ -45,9 +45,7 @@ def row_bytes(qtype: QType, n_cols: int) -> int:
     return n_cols // block * size
 
 
-def random_blocks(
-    qtype: QType, n_rows: int, n_cols: int, rng: np.random.Generator, std: float = 0.07
-) -> Array:
+def random_blocks(qtype: QType, n_rows: int, n_cols: int, rng: np.random.Generator, std: float = 0.07) -> Array:
     """Random valid weights of a type, uint8 (n_rows, bytes of a row), with about this standard deviation.
 
     Quant fields are uniform random bytes, so every code is met; scales vary by +-25 % between blocks, and
@@ -194,9 +192,7 @@ def rope(x: Array, positions: Array, params: Rope) -> Array:
     return out
 
 
-def attention(
-    q: Array, k: Array, v: Array, scale: float | None = None, window: int = 0, softcap: float = 0.0
-) -> Array:
+def attention(q: Array, k: Array, v: Array, scale: float | None = None, window: int = 0, softcap: float = 0.0) -> Array:
     """Causal attention (n_q, n_head, v_dim) of the last n_q of n_kv tokens; GQA: head h reads h // group.
 
     q (n_q, n_head, dim), k (n_kv, n_head_kv, dim), v (n_kv, n_head_kv, v_dim). With a window, a query sees a
@@ -340,9 +336,7 @@ def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16:
             attn_factor=keys.get(f"{arch}.rope.scaling.attn_factor", 1.0),
             beta_fast=keys.get(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
             beta_slow=keys.get(f"{arch}.rope.scaling.yarn_beta_slow", 1.0),
-            orig_ctx=keys.get(
-                f"{arch}.rope.scaling.original_context_length", keys[f"{arch}.context_length"]
-            ),
+            orig_ctx=keys.get(f"{arch}.rope.scaling.original_context_length", keys[f"{arch}.context_length"]),
             factors=tensors.get("rope_freqs.weight"),
         ),
         window=keys.get(f"{arch}.attention.sliding_window", 0),

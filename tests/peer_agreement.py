@@ -163,9 +163,7 @@ def main() -> None:
     model = str(resolve(options.model))
     prompts = [TEMPLATE.format(question) for question in QUESTIONS]
     text = fixed_text()
-    peer = ask_peer(
-        options.peer_python, {"model": model, "threads": options.threads, "prompts": prompts, "text": text}
-    )
+    peer = ask_peer(options.peer_python, {"model": model, "threads": options.threads, "prompts": prompts, "text": text})
     if options.write_golden:
         write_golden(peer, prompts)
         return

@@ -69,9 +69,7 @@ CASES = {
     "llama, tied": Case("llama", 16, 2, tied=True),
     "llama, imatrix": Case(importance=True),
     "mixtral": Case(n_head_kv=2, n_expert=8, keys={"expert_used_count": 2}),
-    "qwen3moe": Case(
-        "qwen3moe", 12, 2, n_expert=16, keys={"expert_used_count": 4, "expert_feed_forward_length": 256}
-    ),
+    "qwen3moe": Case("qwen3moe", 12, 2, n_expert=16, keys={"expert_used_count": 4, "expert_feed_forward_length": 256}),
     "falcon": Case("falcon", 32, 1, fused=True, gated=False, keys={"attention.layer_norm_epsilon": 1e-5}),
     "gpt2, rows of 96": Case("gpt2", 12, 8, 96, fused=True, gated=False, keys={"attention.layer_norm_epsilon": 1e-5}),
 }

@@ -53,9 +53,7 @@ def image(
 def every_value_type(version: int = 3) -> bytes:
     """A valid file with each value type, arrays of each, nested arrays, and tensors of several types."""
     pairs = [kv(f"scalar.{kind}", kind, scalar(kind, 1)) for kind in FORMS]
-    pairs += [
-        kv(f"array.{kind}", ARRAY, array(kind, [scalar(kind, i % 2) for i in range(5)])) for kind in FORMS
-    ]
+    pairs += [kv(f"array.{kind}", ARRAY, array(kind, [scalar(kind, i % 2) for i in range(5)])) for kind in FORMS]
     pairs += [
         kv("general.architecture", STRING, string("llama")),
         kv("general.alignment", 4, scalar(4, 64)),

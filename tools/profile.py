@@ -120,9 +120,7 @@ def _import(path: Path, source: Path, density: float) -> tuple[Prior, ModelConfi
     return priors.load(source, config.n_layer, config.n_ff, density), config
 
 
-def _prepare(
-    engine: Engine, texts: list[Path], tokens: int | None, threshold: float | None
-) -> tuple[Corpus, Rule]:
+def _prepare(engine: Engine, texts: list[Path], tokens: int | None, threshold: float | None) -> tuple[Corpus, Rule]:
     from ..formats.tokenizer import load_tokenizer
     from ..solver import corpus, neurons
 

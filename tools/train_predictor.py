@@ -192,9 +192,7 @@ def _train(file: GGUFFile, config: ModelConfig, recorded: Recording, split: Spli
         status.clear()
 
 
-def _report(
-    layers: list[Trained], config: ModelConfig, plan: Plan, weights: int, model_bytes: int
-) -> dict[str, Any]:
+def _report(layers: list[Trained], config: ModelConfig, plan: Plan, weights: int, model_bytes: int) -> dict[str, Any]:
     rows = [{"rank": layer.rank, "bytes": layer.nbytes} | _plain(vars(layer.quality)) for layer in layers]
     own = sum(layer.rank for layer in layers) * (config.n_embd + config.n_ff)
     size = sum(layer.nbytes for layer in layers)

@@ -42,7 +42,9 @@ Choice = record("Choice", "sparse count active tokens sparse_steps listed dense_
 Routing = record("Routing", "experts positions tokens pairs read unused1 unused2 unused3")
 Item = record("Item", "expert first count")  # an expert with pairs, and their positions
 
-TILE_MIN = 8  # tokens from which on the tiled kernel is used, where nobody says which; also the bound of lists of neurons
+TILE_MIN = (
+    8  # tokens from which on the tiled kernel is used, where nobody says which; also the bound of lists of neurons
+)
 ROWS_MAX = 32  # most tokens of a step by rows
 PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
 PANEL_ROWS = 16  # most weight rows in a register tile

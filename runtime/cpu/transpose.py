@@ -51,9 +51,7 @@ def build(family: str, variant: str) -> Any:
                     q1 = band(round_to_i32(load_f32(p + k * 4, lanes) * inverse), 255)
                     q2 = band(round_to_i32(load_f32(p + k * 8, lanes) * inverse), 255)
                     q3 = round_to_i32(load_f32(p + k * 12, lanes) * inverse)
-                    store_dwords(
-                        to + 2 + i, bor(bor(q0, shl(q1, 8)), bor(shl(q2, 16), shl(q3, 24))), out_bytes
-                    )
+                    store_dwords(to + 2 + i, bor(bor(q0, shl(q1, 8)), bor(shl(q2, 16), shl(q3, 24))), out_bytes)
             finish(args)
         return n_chunks
 

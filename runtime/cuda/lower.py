@@ -162,7 +162,7 @@ class Lowering:
         kind, arrays, n, k = self._weight(node.weight)
         x, out = self.buffers.value(node.reads[0]), self.buffers.value(node.writes[0])
         bias = self._bias(node.bias)
-        mode = (matmul.ADD if node.adds else matmul.RELU if node.function == "relu" else matmul.SET)
+        mode = matmul.ADD if node.adds else matmul.RELU if node.function == "relu" else matmul.SET
         mode |= matmul.BIAS if node.bias else 0
         stream, count = self.stream, self._count(node)
         self._compile(matmul.launch(kind, n, m)[0] for m in (1, 2))

@@ -18,6 +18,8 @@ class Memory:
     total: int
     free: int
     used_by_us: int
+
+
 _BEFORE: dict[str, int] = {}  # by GPU: bytes taken before this process took any
 
 

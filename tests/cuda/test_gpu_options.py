@@ -15,6 +15,8 @@ from hotcold.tools.cli import app
 
 MakeModel = Callable[..., Path]
 SIZES: dict[str, Any] = {"n_embd": 32, "n_head": 2, "n_head_kv": 1, "n_ff": 128}
+
+
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine whose GPU is worth using; what is solved is kept in a folder of the test's own."""

@@ -76,9 +76,7 @@ def plain(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def relu(folder: Path) -> Path:
     """A ReLU model."""
-    return tiny.make_tiny_model(
-        folder / "relu.gguf", metadata={"llama.hidden_activation": "relu"}, seed=3, **SIZES
-    )
+    return tiny.make_tiny_model(folder / "relu.gguf", metadata={"llama.hidden_activation": "relu"}, seed=3, **SIZES)
 
 
 @pytest.mark.parametrize("where", PLACES)

@@ -272,8 +272,10 @@ def test_layer(level: str, kind: str) -> None:
     rng = np.random.default_rng(4)
     n_expert, n_one, n_embd = 5, 64, 96
     matrices = [weights(kind, n_expert * n, k, rng) for n, k in ((n_one, n_embd), (n_one, n_embd), (n_embd, n_one))]
-    exact = [naive.dequantize(raw, naive.QType[kind]).astype(np.float64).reshape(n_expert, -1, raw_k)
-             for raw, raw_k in zip(matrices, (n_embd, n_embd, n_one), strict=True)]
+    exact = [
+        naive.dequantize(raw, naive.QType[kind]).astype(np.float64).reshape(n_expert, -1, raw_k)
+        for raw, raw_k in zip(matrices, (n_embd, n_embd, n_one), strict=True)
+    ]
     for n_tok in COUNTS:
         x = inputs(kind, n_tok, n_embd, rng)
         logits = rng.normal(0, 2, (n_tok, n_expert)).astype(np.float32)

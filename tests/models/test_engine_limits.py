@@ -55,9 +55,7 @@ def test_context_defaults_to_the_models(tiny_model: Make) -> None:
         assert engine.n_threads >= 1
 
 
-def test_context_is_capped_by_memory_and_never_nothing(
-    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_context_is_capped_by_memory_and_never_nothing(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_model(n_ctx_train=2**31 - 1)
     for free, wanted in ((2**20, range(64, 2048)), (1, [32])):
         monkeypatch.setattr("hotcold.runtime.engine.available_bytes", lambda free=free: free)

@@ -175,10 +175,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], Callable[[naive.Model], Any]]] = {
     "bias forgotten": ({"arch": "qwen2"}, lambda m: m.tensors.pop("blk.0.attn_v.bias")),
     "gate and up swapped": (
         {},
-        lambda m: m.tensors.update({
-            "blk.0.ffn_gate.weight": m.tensors["blk.0.ffn_up.weight"],
-            "blk.0.ffn_up.weight": m.tensors["blk.0.ffn_gate.weight"],
-        }),
+        lambda m: m.tensors.update(
+            {
+                "blk.0.ffn_gate.weight": m.tensors["blk.0.ffn_up.weight"],
+                "blk.0.ffn_up.weight": m.tensors["blk.0.ffn_gate.weight"],
+            }
+        ),
     ),
     "norm epsilon": ({"eps": 1e-2}, lambda m: setattr(m, "eps", 1e-5)),
 }

@@ -14,9 +14,7 @@ from hotcold import Engine
 from hotcold.formats.tokenizer import Tokenizer, load_tokenizer
 from hotcold.runtime.models import resolve
 
-GOLDEN: dict[str, Any] = json.loads(
-    Path(__file__).with_name("smollm2_golden.json").read_text(encoding="utf-8")
-)
+GOLDEN: dict[str, Any] = json.loads(Path(__file__).with_name("smollm2_golden.json").read_text(encoding="utf-8"))
 N_COMPARED = 16
 CASES = pytest.mark.parametrize("case", GOLDEN["prompts"], ids=lambda case: str(case["text"])[:16])
 

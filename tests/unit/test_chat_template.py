@@ -26,8 +26,7 @@ def render(source: str, messages: list[dict[str, Any]] = HELLO, **extra: Any) ->
 
 def test_chatml() -> None:
     assert ChatTemplate(CHATML).render(TALK[:2]) == (
-        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi <b> & \"q\" 'é'<|im_end|>\n"
-        "<|im_start|>assistant\n"
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhi <b> & \"q\" 'é'<|im_end|>\n<|im_start|>assistant\n"
     )
     assert not ChatTemplate(CHATML).render(TALK, add_generation_prompt=False).endswith("assistant\n")
     assert "None" not in ChatTemplate(CHATML).render([{"role": "assistant", "content": None}])
@@ -72,24 +71,15 @@ def test_tools_and_namespace() -> None:
 
 
 def test_features() -> None:
-    assert (
-        render("{{ messages | tojson }}", [{"role": "a", "content": "<"}])
-        == '[{"role": "a", "content": "<"}]'
-    )
+    assert render("{{ messages | tojson }}", [{"role": "a", "content": "<"}]) == '[{"role": "a", "content": "<"}]'
     assert render("{{ {'b': [1]} | tojson(indent=2) }}") == '{\n  "b": [\n    1\n  ]\n}'
     assert render("{% generation %}a{{ 1 }}{% endgeneration %}b") == "a1b"
     assert (
-        render(
-            "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}"
-            "{{ i }}{{ loop.length }}{% endfor %}"
-        )
+        render("{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{{ loop.length }}{% endfor %}")
         == "05253545"
     )
     assert (
-        render(
-            "{% for i in [1, 2] %}{{ loop.revindex }}{{ loop.previtem }}{{ loop.nextitem }};"
-            "{% else %}x{% endfor %}"
-        )
+        render("{% for i in [1, 2] %}{{ loop.revindex }}{{ loop.previtem }}{{ loop.nextitem }};{% else %}x{% endfor %}")
         == "22;11;"
     )
     assert render("{% for i in [] %}a{% else %}b{% endfor %}") == "b"
@@ -97,15 +87,10 @@ def test_features() -> None:
     tree = "{% for n in tree recursive %}{{ n.v }}({{ loop(n.c) }}){% endfor %}"
     assert render(tree, tree=[{"v": 1, "c": [{"v": 2, "c": []}]}]) == "1(2())"
     assert (
-        render(
-            "{% macro m(x, y='z') %}<{{ x }}{{ y }}{{ caller() }}>{% endmacro %}{% call m(1) %}c{% endcall %}"
-        )
+        render("{% macro m(x, y='z') %}<{{ x }}{{ y }}{{ caller() }}>{% endmacro %}{% call m(1) %}c{% endcall %}")
         == "<1zc>"
     )
-    assert (
-        render("{{ 'a-b-c'.split('-')[-1] }}{{ 'abc'[::-1] }}{{ 'a b' | replace('a', 'c') | title }}")
-        == "ccbaC B"
-    )
+    assert render("{{ 'a-b-c'.split('-')[-1] }}{{ 'abc'[::-1] }}{{ 'a b' | replace('a', 'c') | title }}") == "ccbaC B"
     assert render("{{ 'x\ny' | indent(2) }}|{{ ['a', 'b'] | map('upper') | join('-') }}") == "x\n  y|A-B"
     assert render("{{ '%s is %d' % ('a', 3) }} {{ '{:>4}|{}'.format('b', 10) }}") == "a is 3    b|10"
     assert render("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}") == "1"
@@ -174,9 +159,7 @@ GROWING = [
     DOUBLE.replace("%s", "'abcdefgh'", 1).replace("%s", "ns.x | replace('a', ns.x)"),
     DOUBLE.replace("%s", "'abcdefgh'", 1).replace("%s", "[ns.x, ns.x] | join"),
     DOUBLE.replace("%s", "'abcdefgh'", 1).replace("%s", "''.join([ns.x, ns.x])"),
-    DOUBLE.replace("%s", "'abcdefgh'", 1)
-    .replace("%s", "'%s%s' % (ns.x, ns.x)")
-    .replace("'%s%s'", "'%s' '%s'"),
+    DOUBLE.replace("%s", "'abcdefgh'", 1).replace("%s", "'%s%s' % (ns.x, ns.x)").replace("'%s%s'", "'%s' '%s'"),
     DOUBLE.replace("%s", "'abcdefgh'", 1).replace("%s", "'{0}{0}'.format(ns.x)"),
     DOUBLE.replace("%s", "'a\na'", 1).replace("%s", "ns.x | indent(ns.x)"),
     DOUBLE.replace("%s", "[1]", 1).replace("%s", "ns.x + ns.x"),

@@ -113,9 +113,7 @@ def test_completion_logprobs() -> None:
 def test_chat_completion_shape() -> None:
     llm = make(saying(HEL, LO))
     messages = [{"role": "user", "content": "Hi?"}]
-    reply = llm.create_chat_completion(
-        messages, logprobs=True, top_logprobs=1, response_format={"type": "text"}
-    )
+    reply = llm.create_chat_completion(messages, logprobs=True, top_logprobs=1, response_format={"type": "text"})
     assert list(reply) == ["id", "object", "created", "model", "choices", "usage"]
     assert reply["id"].startswith("chatcmpl-") and reply["object"] == "chat.completion"
     choice = reply["choices"][0]
@@ -182,6 +180,4 @@ def test_features_that_are_missing_say_so() -> None:
         llm.create_chat_completion("a?", response_format={"type": "json_object"})
     with pytest.raises(UnsupportedError, match="mirostat_mode"):
         llm.create_completion("a?", mirostat_mode=2)
-    assert (
-        llm.create_completion("a?", mirostat_mode=0, tfs_z=1.0, grammar=None)["choices"][0]["text"] == "Hel"
-    )
+    assert llm.create_completion("a?", mirostat_mode=0, tfs_z=1.0, grammar=None)["choices"][0]["text"] == "Hel"

@@ -139,9 +139,7 @@ def test_rope_scaling_of_old_files_and_of_type_none(file: GGUFFile) -> None:
 
 def test_sampling_defaults(tiny_model: Any) -> None:
     metadata = {"temp": 0.5, "top_k": 20, "sequence": "top_k;temperature"}
-    config = config_of(
-        tiny_model(metadata={f"general.sampling.{key}": value for key, value in metadata.items()})
-    )
+    config = config_of(tiny_model(metadata={f"general.sampling.{key}": value for key, value in metadata.items()}))
     assert config.sampling == {"temp": 0.5, "top_k": 20}
 
 

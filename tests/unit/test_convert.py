@@ -179,10 +179,7 @@ def test_the_text_part_of_a_model_for_pictures_too(files: Callable[[str], Path],
     outer = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": settings.pop("eos_token_id")}
     (folder / "config.json").write_text(json.dumps({**outer, "text_config": settings, "vision_config": {}}))
     whole = prefix.startswith("model.")
-    tensors = {
-        prefix + (name.removeprefix("model.") if whole else name): value
-        for name, value in read(folder).items()
-    }
+    tensors = {prefix + (name.removeprefix("model.") if whole else name): value for name, value in read(folder).items()}
     tensors["model.vision_tower.x.weight" if whole else "vision_tower.x.weight"] = "F32", np.zeros(4, np.float32)
     write(folder / "model.safetensors", tensors)
     done = convert(folder, tmp_path / "text.gguf", "f32")

@@ -57,15 +57,10 @@ def test_types_are_those_of_gguf() -> None:
 
 def test_importing_the_reader_loads_neither_gguf_nor_numba() -> None:
     code = "import sys, hotcold.formats.config; print(*sorted({'gguf', 'numba'} & set(sys.modules)))"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"arch": "qwen2", "tokenizer": "llama", "qtype": "Q8_0", "tied": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"arch": "qwen2", "tokenizer": "llama", "qtype": "Q8_0", "tied": True}])
 def test_models_read_as_gguf_reads_them(tiny_model: Any, options: dict[str, Any]) -> None:
     path = tiny_model(**options)
     fields, tensors = as_gguf_reads(path)

@@ -38,9 +38,7 @@ Mutator = Callable[[random.Random, bytearray, int], None]
 
 def flip_bytes(rng: random.Random, data: bytearray, header: int) -> None:
     for _ in range(rng.randint(1, 4)):
-        data[place(rng, data, header)] ^= (
-            1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
-        )
+        data[place(rng, data, header)] ^= 1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
 
 
 def truncate(rng: random.Random, data: bytearray, header: int) -> None:
@@ -49,9 +47,7 @@ def truncate(rng: random.Random, data: bytearray, header: int) -> None:
 
 def insert(rng: random.Random, data: bytearray, header: int) -> None:
     at = place(rng, data, header)
-    data[at:at] = rng.choice(
-        [rng.randbytes(rng.randint(1, 40)), bytes(8), b"\xff" * 8, struct.pack("<Q", at)]
-    )
+    data[at:at] = rng.choice([rng.randbytes(rng.randint(1, 40)), bytes(8), b"\xff" * 8, struct.pack("<Q", at)])
 
 
 def delete(rng: random.Random, data: bytearray, header: int) -> None:
@@ -84,9 +80,7 @@ def extreme_length(rng: random.Random, data: bytearray, header: int) -> None:
     for _ in range(200):
         at = place(rng, data, header)
         if at + 8 <= len(data) and data[at] and not any(data[at + 3 : at + 8]):
-            data[at : at + 8] = (rng.choice([*EXTREMES, len(data), data[at] + 1]) % 2**64).to_bytes(
-                8, "little"
-            )
+            data[at : at + 8] = (rng.choice([*EXTREMES, len(data), data[at] + 1]) % 2**64).to_bytes(8, "little")
             return
 
 
@@ -246,9 +240,7 @@ ODD_VALUES: list[Any] = [
     "none",
 ]
 ODD_VALUES += [0.0, -0.0, 1e-300, 0.5, 1.0, -1.0, 1e9, 1e300, float("nan"), float("inf"), [], ["x"], [["x"]]]
-ODD_VALUES += [
-    np.array(items, kind) for kind in ("i4", "u8", "f4", "?") for items in ([], [1], [1, 1], [0, 1])
-]
+ODD_VALUES += [np.array(items, kind) for kind in ("i4", "u8", "f4", "?") for items in ([], [1], [1, 1], [0, 1])]
 ODD_KEYS = ["rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.yarn_ext_factor"]
 ODD_KEYS += ["attention.key_length", "attention.value_length", "attention.scale", "attention.causal"]
 ODD_KEYS += ["attention.sliding_window", "expert_count", "rope.scaling.attn_factor"]

@@ -53,9 +53,7 @@ def found(path: Path, sparsity: str = "auto") -> costs.Costs:
         config = ModelConfig.from_gguf(model)
         section = find_section(model, config)
         try:
-            return costs.costs(
-                model, config, section, MACHINE, capacity=10**7, n_ctx=64, threads=1, sparsity=sparsity
-            )
+            return costs.costs(model, config, section, MACHINE, capacity=10**7, n_ctx=64, threads=1, sparsity=sparsity)
         finally:
             if section is not None:
                 section.close()
@@ -108,9 +106,7 @@ def test_bytes_are_those_of_the_tensors(family_file: Make, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["opt", "nemotron"])
-def test_without_a_gate_up_is_read_always_and_down_seldom(
-    family_file: Make, tmp_path: Path, name: str
-) -> None:
+def test_without_a_gate_up_is_read_always_and_down_seldom(family_file: Make, tmp_path: Path, name: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(family_file(name).read_bytes())
     freq = np.random.default_rng(0).random((2, 96)).astype(np.float32)

@@ -20,9 +20,7 @@ def softmax(pairs: list[tuple[int, float]]) -> list[float]:
     return [v / sum(e) for v in e]
 
 
-def until(
-    pairs: list[tuple[int, float]], p: list[float], order: list[int], mass: float, past: bool
-) -> list[int]:
+def until(pairs: list[tuple[int, float]], p: list[float], order: list[int], mass: float, past: bool) -> list[int]:
     kept, total = [], 0.0
     for i in order:
         kept.append(i)

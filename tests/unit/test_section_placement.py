@@ -95,9 +95,7 @@ def test_unsound_keys_and_shapes(model: Path, contents: Contents, said: str) -> 
     assert model.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "ids", [[3, 2], [5, 5], [-1, 3], [90, 96], [2**31 - 1], [-(2**31), 1], [2**31 - 1, -(2**31)]]
-)
+@pytest.mark.parametrize("ids", [[3, 2], [5, 5], [-1, 3], [90, 96], [2**31 - 1], [-(2**31), 1], [2**31 - 1, -(2**31)]])
 def test_neurons_out_of_order_or_range(model: Path, ids: list[int]) -> None:
     update_section(model, made(ids=np.array(ids, np.int32)))
     with GGUFFile(model) as file, find_section(file) as section:  # type: ignore[union-attr]
