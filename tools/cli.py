@@ -26,6 +26,7 @@ from . import (
     relufy,
     run,
     section,
+    serve,
     show,
     sparsify,
     synthetic,
@@ -92,6 +93,7 @@ app = typer.Typer(
 )
 app.command("chat")(chat.chat)
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("pull")(pull.pull)
 app.command("inspect")(show.inspect)
 app.command("section")(section.section)

@@ -1,0 +1,146 @@
+"""One Reply on its way to a client: whole, or as server-sent events, for as long as both sides are there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from .failures import as_api_error, shutting_down
+from .service import Service, report
+
+if TYPE_CHECKING:
+    from ..replies import Reply
+
+T = TypeVar("T")
+Encode = Callable[[AsyncIterator[dict[str, Any]]], AsyncGenerator[bytes, None]]
+DONE = b"data: [DONE]\n\n"
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One server-sent event; in ASCII, as some clients cut lines at every line separator that Unicode knows."""
+    line = f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return (f"event: {name}\n{line}" if name else line).encode()
+
+
+async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
+    """Chunks as OpenAI streams them, up to [DONE]."""
+    async for chunk in chunks:
+        yield event(chunk)
+    yield DONE
+
+
+class Answering(Response):
+    """Sends one started Reply; closes it when it ends, when the client leaves, when the grace time is over."""
+
+    def __init__(self, service: Service, model: str, reply: Reply) -> None:
+        self.service, self.model, self.reply = service, model, reply
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.send(scope, receive, send)
+        except ClientDisconnect:
+            pass  # nobody is left to be told
+        finally:
+            self.reply.close()
+            self.service.metrics.answered(self.model, self.reply)
+
+    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        raise NotImplementedError
+
+    async def while_wanted(self, work: Coroutine[Any, Any, T], receive: Receive) -> T:
+        """What `work` returns; ClientDisconnect, or APIError 503, when one side no longer wants to wait."""
+        task = asyncio.ensure_future(work)
+        gone, over = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(self.service.over.wait())
+        try:
+            await asyncio.wait((task, gone, over), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise ClientDisconnect if gone.done() else shutting_down()
+        finally:
+            for one in (task, gone, over):
+                one.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+class Whole(Answering):
+    """The reply as one JSON object; `shape` makes it of the completion."""
+
+    def __init__(
+        self, service: Service, model: str, reply: Reply, shape: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    ) -> None:
+        super().__init__(service, model, reply)
+        self.shape = shape
+
+    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        found = await self.while_wanted(self.reply.awhole(), receive)
+        await JSONResponse(self.shape(found))(scope, receive, send)
+
+
+class Stream(Answering):
+    """The reply as server-sent events; an error before the first is an HTTP status, later it is an event."""
+
+    def __init__(self, service: Service, model: str, reply: Reply, encode: Encode = events) -> None:
+        super().__init__(service, model, reply)
+        self.encode = encode
+
+    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.started, self.sending, self.latest, self.put = False, False, time.monotonic(), send
+        beat = asyncio.ensure_future(self._beat())
+        try:
+            await self.while_wanted(self._write(), receive)
+        except Exception as error:
+            if isinstance(error, ClientDisconnect) or not self.started:
+                raise
+            failed = as_api_error(error)
+            if failed.status == 500:
+                report(error)
+            await self._put(event(failed.body()))
+        finally:
+            beat.cancel()
+        await self._put(b"", more=False)
+
+    async def _write(self) -> None:
+        async with aclosing(self.encode(self.reply.achunks())) as found:
+            async for data in found:
+                await self._put(data)
+
+    async def _beat(self) -> None:
+        """A comment whenever nothing was said for a while, so that nobody in between takes the line for dead."""
+        pause = self.service.settings.keep_alive
+        while True:
+            await asyncio.sleep(self.latest + pause - time.monotonic())
+            if self.sending:
+                self.latest = time.monotonic()
+            elif self.latest + pause <= time.monotonic():
+                await self._put(b": still at it\n\n")
+
+    async def _put(self, data: bytes, more: bool = True) -> None:
+        self.sending = True
+        try:
+            if not self.started:
+                self.started = True
+                await self.put({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await self.put({"type": "http.response.body", "body": data, "more_body": more})
+        finally:
+            self.sending, self.latest = False, time.monotonic()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,109 @@
+"""What all requests share: the settings, the models and whether they load, serve or stop, the figures."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...formats.errors import HotcoldError
+from .failures import RETRY_S, APIError, shutting_down, unknown_model
+from .metrics import Metrics
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve; seconds and bytes. api_keys: any of them opens the door; none: no key is asked for.
+
+    insecure: serve whoever reaches the port, whatever Host and Origin it names. cors: origins whose pages may call.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_keys: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
+    insecure: bool = False
+    grace: float = 30.0
+    verbose: bool = False
+    max_body: int = 16 * MIB
+    keep_alive: float = 5.0  # a stream that has nothing to say says so this often
+    write_timeout: float = 60.0  # how long a client may read nothing of what waits for it
+
+
+class Service:
+    """One server's state; all but `put` happens on its event loop."""
+
+    def __init__(self, names: Sequence[str], settings: Settings) -> None:
+        self.names, self.settings = list(names), settings
+        self.models: dict[str, LLM] = {}
+        self.created = int(time.time())
+        self.stopping, self.over = asyncio.Event(), asyncio.Event()
+        self.metrics = Metrics(self.models)
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
+
+    def put(self, name: str, llm: LLM) -> None:
+        """A model has loaded (from any thread)."""
+        self.models[name] = llm
+
+    @property
+    def status(self) -> str:
+        """loading, ok or stopping."""
+        if self.stopping.is_set():
+            return "stopping"
+        return "ok" if len(self.models) == len(self.names) else "loading"
+
+    def check_ready(self) -> None:
+        """APIError 503 unless all models are there and the server goes on."""
+        if self.status == "loading":
+            headers = {"Retry-After": str(RETRY_S)}
+            raise APIError(503, "the model is still loading", "server_error", code="loading", headers=headers)
+        if self.status == "stopping":
+            raise shutting_down()
+
+    def pick(self, name: str | None) -> tuple[str, LLM]:
+        """The model of a request and its name here; APIError 404. Where one is served, any name means it."""
+        if name in self.models:
+            return name, self.models[name]
+        if len(self.names) == 1:
+            return self.names[0], self.models[self.names[0]]
+        if not name:
+            raise APIError(400, f"model: got none, wanted one of {', '.join(self.names)}", param="model")
+        raise unknown_model(name, self.names)
+
+    def knows(self, key: bytes) -> bool:
+        """Whether this is one of the keys, in a time that tells nothing about them."""
+        given = hashlib.sha256(key).digest()
+        return sum(hmac.compare_digest(given, wanted) for wanted in self._keys) > 0
+
+    def stop(self) -> None:
+        """Take nothing more; what runs has the grace time."""
+        self.stopping.set()
+        asyncio.get_running_loop().call_later(self.settings.grace, self.over.set)
+
+
+def log(line: str) -> None:
+    """One line of the server's log, on stderr."""
+    print(f"hotcold: {line}", file=sys.stderr, flush=True)
+
+
+def report(error: BaseException) -> None:
+    """One line about an error that no client caused; HOTCOLD_DEBUG=1 shows where it came from."""
+    if os.environ.get("HOTCOLD_DEBUG") == "1":
+        traceback.print_exception(error)
+    if isinstance(error, HotcoldError):
+        text = str(error)
+    else:
+        text = f"a bug: {type(error).__name__}: {error}; HOTCOLD_DEBUG=1 shows where, please report it"
+    log(f"error: {' '.join(text.split())}")
