@@ -40,6 +40,7 @@ TABLE: tuple[tuple[type[BaseException], int, str, str | None], ...] = (
     (errors.UnsupportedError, 400, "invalid_request_error", "unsupported"),
     (errors.TemplateError, 400, "invalid_request_error", "template_error"),
     (errors.ModelNotFoundError, 404, "invalid_request_error", "model_not_found"),
+    (errors.BusyError, 429, "rate_limit_error", "queue_full"),
     (errors.ClosedError, 503, "server_error", "shutting_down"),
     (errors.HotcoldError, 500, "server_error", None),
     (MemoryError, 503, "server_error", "out_of_memory"),
@@ -69,6 +70,7 @@ def as_api_error(error: BaseException) -> APIError:
         if isinstance(error, kind):
             text = " ".join(str(error).split()) or HTTPStatus(status).phrase
             found = _PARAM.match(text) if status == 400 else None
-            headers = {"Retry-After": str(RETRY_S)} if status == 503 else {}
+            wait = getattr(error, "retry_after", RETRY_S)
+            headers = {"Retry-After": str(wait)} if status in (429, 503) else {}
             return APIError(status, text, name, found[1] if found else None, code, headers)
     return APIError(500, "an error inside the server; its log says more", "server_error", code="internal_error")
