@@ -46,6 +46,11 @@ class KVCache:
         """Blocks that somebody holds."""
         return self._fresh - len(self._free)
 
+    @property
+    def n_idle(self) -> int:
+        """Blocks that only `prefixes` holds; from any thread."""
+        return sum(self._holders[block] == 1 for block in list(self.prefixes.blocks))
+
     def layer(self, index: int) -> tuple[int, int]:
         """Addresses of a layer's keys and values."""
         return (

@@ -33,7 +33,7 @@ class PrefixCache:
         self._cache = cache
         self.root = Node(None, (), -1)
         self._clock = 0
-        self.n_blocks = 0
+        self.blocks: set[int] = set()
 
     def find(self, ids: Sequence[int], limit: int) -> tuple[list[int], int]:
         """The blocks of the longest beginning of ids[:limit] that is known, and its tokens.
@@ -73,7 +73,7 @@ class PrefixCache:
                 for key in [key for key in node.children if key == own[: len(key)]]:  # begun ones, now full
                     self._drop(node.children[key])
                 child = node.children[own] = Node(node, own, self._cache.hold(block))
-                self.n_blocks += 1
+                self.blocks.add(block)
             child.used = self._clock
             node = child
 
@@ -91,7 +91,7 @@ class PrefixCache:
         for node in self.nodes():
             self._cache.give([node.block])
         self.root.children.clear()
-        self.n_blocks = 0
+        self.blocks.clear()
 
     def nodes(self) -> Iterator[Node]:
         """All nodes, parents first."""
@@ -104,7 +104,7 @@ class PrefixCache:
     def _drop(self, node: Node) -> None:
         assert not node.children and node.parent is not None
         del node.parent.children[node.tokens]
-        self.n_blocks -= 1
+        self.blocks.discard(node.block)
         self._cache.give([node.block])
 
 

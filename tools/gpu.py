@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..formats.errors import GPUError
 from .console import StatusLine, find_model, human_bytes, note, printable
@@ -56,9 +56,17 @@ def timeline(gpu: GPUOptions) -> Iterator[Trace | None]:
 
 @contextmanager
 def open_llm(
-    name: str, n_ctx: int | None, n_threads: int | None, sparsity: str = "auto", gpu: GPUOptions | None = None
+    name: str,
+    n_ctx: int | None,
+    n_threads: int | None,
+    sparsity: str = "auto",
+    gpu: GPUOptions | None = None,
+    **serving: Any,
 ) -> Iterator[LLM]:
-    """The model `name` (pulled if need be), its loading and first compilation shown on stderr."""
+    """The model `name` (pulled if need be), its loading and first compilation shown on stderr.
+
+    serving: LLM's n_parallel, n_queue, lookup.
+    """
     path = find_model(name)
     status, gpu = StatusLine(), gpu or GPUOptions()
     try:
@@ -76,6 +84,7 @@ def open_llm(
                     placement=placement,
                     trace=trace,
                     progress=status,
+                    **serving,
                 )
 
             with opened(gpu, path, n_ctx or None, n_threads, sparsity, status, make) as llm:

@@ -85,7 +85,7 @@ def serve(
     from ..runtime.server.service import Settings
 
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold)
-    more = {"n_parallel": parallel, "n_queue": queue, "lookup": lookup, "lora": adapters(lora or [])}
+    more = {"n_parallel": parallel, "n_queue": queue, "lookup": lookup}
 
     def loader(model: str) -> Callable[[], AbstractContextManager[LLM]]:
         return lambda: gpu.open_llm(model, ctx, threads, sparsity, wanted, **more)

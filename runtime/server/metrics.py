@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -11,12 +11,18 @@ from prometheus_client.core import GaugeMetricFamily
 if TYPE_CHECKING:
     from ..llm import LLM
 
-LEVELS = {
-    "running": "Answers that are being computed.",
-    "waiting": "Answers that wait for their turn.",
-    "kv_blocks_used": "Blocks of the KV cache in use.",
-    "kv_blocks_total": "Blocks of the KV cache.",
-}
+LEVELS: dict[str, tuple[str, Callable[[LLM], int]]] = {
+    "running": ("Answers that are being computed.", lambda llm: len(llm.scheduler.running)),
+    "waiting": ("Answers that wait for their turn.", lambda llm: len(llm.scheduler.waiting)),
+    "kv_blocks_total": ("Blocks of the KV cache.", lambda llm: llm.engine.cache.n_blocks),
+    "kv_blocks_used": (
+        "Blocks of the KV cache that answers hold.", lambda llm: llm.engine.cache.n_used - llm.engine.cache.n_idle
+    ),
+    "kv_blocks_cached": (
+        "Blocks of beginnings that may come again, given up where room is wanted.",
+        lambda llm: llm.engine.cache.n_idle,
+    ),
+}  # fmt: skip
 TYPE = CONTENT_TYPE_LATEST
 FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 EACH_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -58,8 +64,8 @@ class _Levels:
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One family a figure, one sample a model."""
-        for name, help in LEVELS.items():
+        for name, (help, level) in LEVELS.items():
             family = GaugeMetricFamily(f"hotcold_{name}", help, labels=["model"])
             for model, llm in list(self.models.items()):
-                family.add_metric([model], getattr(llm.load(), name))
+                family.add_metric([model], level(llm))
             yield family

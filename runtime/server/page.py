@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mimetypes
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -34,7 +35,7 @@ def add_page(app: FastAPI) -> frozenset[str]:
     return frozenset(paths)
 
 
-def _sender(path: Path) -> object:
+def _sender(path: Path) -> Callable[[Request], Awaitable[Response]]:
     data = path.read_bytes()
     kind = TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     headers = {**HEADERS, "ETag": f'"{hashlib.sha256(data).hexdigest()[:32]}"'}

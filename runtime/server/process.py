@@ -139,13 +139,15 @@ class BoundedProtocol(H11Protocol):
     def _expect_head(self) -> None:
         """Start the clock, unless it runs, where no request is being answered; else stop it."""
         if self.cycle is not None and not self.cycle.response_complete:
-            self.reading = _stopped(self.reading)
+            _stop(self.reading)
+            self.reading = None
         elif self.reading is None:
             self.reading = self.loop.call_later(HEADER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has left."""
-        self.reading, self.writing = _stopped(self.reading), _stopped(self.writing)
+        _stop(self.reading)
+        _stop(self.writing)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -155,11 +157,12 @@ class BoundedProtocol(H11Protocol):
 
     def resume_writing(self) -> None:
         """It reads again."""
-        self.writing = _stopped(self.writing)
+        _stop(self.writing)
+        self.writing = None
         super().resume_writing()
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
+def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
 

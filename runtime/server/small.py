@@ -20,7 +20,7 @@ def model_entry(name: str, llm: LLM, created: int) -> dict[str, Any]:
     """A model as /v1/models lists it."""
     config = llm.config
     meta = {
-        "architecture": config.architecture, "name": config.name, "n_ctx": llm.n_ctx, "n_ctx_train": config.n_ctx_train,
+        "architecture": config.arch, "name": config.name, "n_ctx": llm.n_ctx, "n_ctx_train": config.n_ctx_train,
         "n_embd": config.n_embd, "n_vocab": llm.n_vocab,
     }  # fmt: skip
     return {"id": name, "object": "model", "created": created, "owned_by": "hotcold", "meta": meta}
