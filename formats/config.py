@@ -18,6 +18,7 @@ from .powerinfer import FAMILIES, check_predictors
 MAX_INT = 2**31 - 1  # the largest int32: positions and token ids are of that type
 _SCALING_KINDS = ("none", "linear", "yarn", "longrope")
 _SOFTMAX = 1  # {arch}.expert_gating_func
+_POOLINGS = {0: "mean", 1: "mean", 2: "cls", 3: "last"}  # {arch}.pooling_type, as llama.cpp numbers them; 0: not said
 # {arch}.hidden_activation -> our name; Hugging Face's spellings are met in files too.
 _ACTIVATIONS = {name: name for name in ("silu", "gelu", "gelu_erf", "relu", "relu2", "drelu")}
 _ACTIVATIONS |= {"swish": "silu", "gelu_tanh": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
@@ -80,6 +81,7 @@ class ModelConfig:
     n_expert: int = 0
     n_expert_used: int = 0  # of a token
     weights_norm: bool = True  # the weights of a token's experts sum to 1
+    pooling: str = "mean"  # of a text's hidden states into its embedding: mean, cls (the first) or last; "": another
     sampling: dict[str, float | int] = field(default_factory=dict)  # general.sampling.*, without that prefix
 
     @classmethod
@@ -192,6 +194,7 @@ class _Reader:
             n_expert=n_expert,
             n_expert_used=n_used,
             weights_norm=file.get(f"{row.name}.expert_weights_norm", row.weights_norm, bool),
+            pooling=_POOLINGS.get(self.integer("pooling_type", 0, 0), ""),
             sampling=self.sampling(),
         )
         self.check_tensors(config, model, block)

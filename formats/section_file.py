@@ -8,6 +8,7 @@ never written or even read, so all this costs the section's size. Where it fails
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -283,9 +284,12 @@ def _check_writable(path: Path, advice: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path, advice: str) -> Iterator[Path]:
-    """A name to write to, which then becomes `path`; StorageError, and nothing left, where the disk refuses."""
-    part = path.with_name(f".{path.name}.part")
+def replacing(path: Path, advice: str, own: bool = False) -> Iterator[Path]:
+    """A name to write to, which then becomes `path`; StorageError, and nothing left, where the disk refuses.
+
+    own: a name that no other process or thread takes for the same path.
+    """
+    part = path.with_name(f".{path.name}{f'.{os.getpid()}-{threading.get_ident()}' if own else ''}.part")
     try:
         with _storing(path, advice):
             yield part

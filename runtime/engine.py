@@ -18,16 +18,20 @@ from .cpu.layout import KV_BLOCK, ROWS_MAX, TILE_MIN
 from .cpu.threads import default_threads
 from .decoder import Split, build
 from .down_t import add_down_t
+from .embedding import final_norm
 from .executor import CPUExecutor, Observer
 from .graph import Graph
 from .hot_cold import add_cold, check_placement
 from .hybrid import HybridExecutor
 from .kv_cache import KVCache, Sequence
+from .lora import Wanted, adapt, changes
+from .lora import check as check_lora
 from .memory import available_bytes, total_bytes
 from .parts import parts
 from .sampler import check_int
 from .schedule import schedule
 from .sparsity import Sparsity, plan
+from .state import Saved, Snapshot
 from .tensors import Tensors
 from .usage import Usage, usage
 
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 MAX_CONTEXT = 2**30  # positions and cache slots are 32-bit integers
 MAX_THREADS = 1024
 MICRO_BATCH = 512  # tokens evaluated in one step
+SPARE = 8192  # tokens of the cache, at most, that are for embeddings alone
 MAX_OUTPUTS = 128  # rows of logits that one step returns
 _KV_SHARE = 0.5  # of the free memory, the most that a context not asked for may take
 
@@ -48,9 +53,10 @@ class Engine:
     model: a path or an open GGUFFile (which the engine then owns). n_ctx: tokens a sequence may hold; default the
     model's own, less where memory is short. n_threads: default, the cores of this process. sparsity: auto, dense,
     exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
-    the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time.
-    placement: what runs on the GPU; without one, all runs on the CPU. trace: notes what ran when. progress: called with
-    a line while kernels compile. Not thread-safe: one call at a time.
+    the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time. placement: what runs on
+    the GPU; without one, all runs on the CPU. trace: notes what ran when. lora: adapters (GGUF) as paths or pairs
+    (path, scale), added to the matrices that they name; on the CPU alone. progress: called with a line while kernels
+    compile. Not thread-safe: one call at a time.
     """
 
     def __init__(
@@ -64,13 +70,16 @@ class Engine:
         placement: Placement | None = None,
         n_parallel: int = 1,
         trace: Trace | None = None,
+        lora: Wanted = (),
         progress: Callable[[str], None] | None = None,
     ) -> None:
         if n_threads is not None:
             n_threads = check_int("n_threads", n_threads, 1, MAX_THREADS)
         if n_ctx is not None:
             n_ctx = check_int("n_ctx", n_ctx, 1, MAX_CONTEXT)
-        wanted = Sparsity.parse(sparsity)
+        wanted, self.lora = Sparsity.parse(sparsity), check_lora(lora)
+        if self.lora and placement is not None:
+            raise UnsupportedError("lora: adapters run on the CPU alone; open the model without a VRAM budget")
         self.file = model if isinstance(model, GGUFFile) else GGUFFile(model)
         self.section: Section | None = None
         self.closed = False
@@ -84,10 +93,16 @@ class Engine:
                 raise UnsupportedError(f"{self.file.path}: a PowerInfer file: `hotcold convert` it first")
             if use_section:
                 self.section = find_section(self.file, self.config)
+            self.changes = changes(self.file, self.lora)
             self.plan = plan(wanted, self.config, self.section)
+            by_choice = wanted.kind in ("auto", "dense") and not self.file.powerinfer
+            if by_choice and any(".ffn_" in name for name in self.changes):
+                self.plan = None  # only dense FFNs can be adapted
             self._tensors = Tensors(self.file, *([self.section.image] if self.section else []))
             per_sequence = -(-self.n_ctx // KV_BLOCK) + 1  # one to copy to, where a begun block is shared
-            self.cache = KVCache(self.config, n_parallel * per_sequence, copyable=placement is None)
+            on_cpu = placement is None
+            spare = min(per_sequence, SPARE // KV_BLOCK) if on_cpu else 0
+            self.cache = KVCache(self.config, n_parallel * per_sequence, copyable=on_cpu, n_spare=spare)
             self._executor = self._cpu(progress) if placement is None else self._hybrid(placement, trace, progress)
         except BaseException as error:
             self._close_files()
@@ -99,7 +114,8 @@ class Engine:
     def _cpu(self, progress: Callable[[str], None] | None) -> CPUExecutor:
         if self.plan and not self.plan.dense_from_t and not self.config.n_expert:
             add_down_t(self._tensors, range(self.config.n_layer), self.n_threads, progress)
-        return self._lower(build(self.config, self.plan, self._ranks()), progress)
+        graph = build(self.config, self.plan, self._ranks())
+        return self._lower(adapt(graph, self._tensors, self.changes), progress)
 
     def _hybrid(
         self, placement: Placement, trace: Trace | None, progress: Callable[[str], None] | None
@@ -166,10 +182,13 @@ class Engine:
         run = self._executor
         return usage(run.tape, self._tensors, self.config, self.plan, run.steps, run.gpu_usage)
 
-    def new_sequence(self) -> Sequence:
-        """An empty sequence; several share the cache, whose size is that of one full context."""
+    def new_sequence(self, guest: bool = False) -> Sequence:
+        """An empty sequence; several share the cache, whose size is that of n_parallel full contexts.
+
+        guest: one for a short use beside the others, whose room it leaves alone; all guests have room for SPARE tokens.
+        """
         self._check_open()
-        return Sequence(self.cache, self.n_ctx)
+        return Sequence(self.cache, self.n_ctx, guest)
 
     def eval(self, sequence: Sequence, ids: Seq[int] | np.ndarray, all_logits: bool = False) -> np.ndarray:
         """Append tokens to a sequence and return their logits.
@@ -255,6 +274,44 @@ class Engine:
         sequence.reserve(len(tokens))
         for part in parts(len(tokens), MICRO_BATCH):
             self._executor.run([(sequence, tokens[part])], np.arange(0), see)
+
+    def embed(self, sequence: Sequence, ids: Seq[int] | np.ndarray) -> np.ndarray:
+        """Append tokens to a sequence as eval does; their hidden states instead of logits: float32 [len(ids), n_embd].
+
+        These are what the output head reads: the residual after the last block, normed, not multiplied by the model's
+        logit scale. UnsupportedError where they stay on the GPU.
+        """
+        self._check_open()
+        tokens = self._tokens(ids)
+        sequence.reserve(len(tokens))
+        found = [self.embed_batch([(sequence, tokens[part])]) for part in parts(len(tokens), MICRO_BATCH)]
+        return np.concatenate(found)
+
+    def embed_batch(self, batch: Seq[tuple[Sequence, Seq[int] | np.ndarray]]) -> np.ndarray:
+        """As embed, several sequences in one step: float32 [all tokens, n_embd]; bounds and errors as of eval_batch."""
+        self._check_open()
+        if not any(node.weight == "output_norm.weight" for node in self._executor.tape.nodes):
+            raise UnsupportedError("embeddings: the model's output is on the GPU; open it without a VRAM budget")
+        self.eval_batch(batch, [0] * len(batch), by_rows=False)
+        n_tok = sum(len(ids) for _, ids in batch)
+        x = self._executor.tape.buffers["x"].view(np.float32)[: n_tok * self.config.n_embd]
+        return final_norm(x.reshape(n_tok, -1), self.config, self._tensors)
+
+    def snapshot(self) -> Snapshot:
+        """What the cache has that other prompts may begin with, to be written to a file; to be closed."""
+        self._check_open()
+        self._check_state()
+        return Snapshot(self)
+
+    def saved(self, path: Path) -> Saved:
+        """A snapshot's file, checked, whose restore() fills the cache; to be closed. FormatError if it does not fit."""
+        self._check_open()
+        self._check_state()
+        return Saved(path, self)
+
+    def _check_state(self) -> None:
+        if not self.cache.copyable:
+            raise UnsupportedError("state: keys and values are on the GPU too; open the model without a VRAM budget")
 
     def _ranks(self) -> tuple[int, ...]:
         """The predictors' ranks by layer, if the plan has predictors."""

@@ -18,11 +18,13 @@ class KVCache:
 
     A block may have several holders: sequences, and `prefixes`, which keeps what may be wanted again until its memory
     is. copyable: whether a block can be copied here, so that sequences may share a part of it (not with a GPU, which
-    has some layers in its own memory). Memory is only touched, and so only counted, where tokens have been stored.
+    has some layers in its own memory). n_spare: blocks beside the n_blocks, which only guests take, who take no others:
+    short uses that must not cost answers their room. Memory is only touched, and so only counted, where tokens have
+    been stored.
     """
 
-    def __init__(self, config: ModelConfig, n_blocks: int, copyable: bool = True) -> None:
-        self.n_blocks, self.copyable = n_blocks, copyable
+    def __init__(self, config: ModelConfig, n_blocks: int, copyable: bool = True, n_spare: int = 0) -> None:
+        self.n_blocks, self.copyable, self.n_spare = n_blocks + n_spare, copyable, n_spare
         per_block = config.n_head_kv * KV_BLOCK * 2
         self.key_layer_bytes = self.n_blocks * per_block * config.head_dim_k
         self.value_layer_bytes = self.n_blocks * per_block * config.head_dim_v
@@ -33,13 +35,14 @@ class KVCache:
         self.values = self._values.reshape(config.n_layer, self.n_blocks, -1)
         self._fresh = 0  # blocks from here on were never taken
         self._free: list[int] = []
+        self._guests = 0  # blocks that guests hold
         self._holders = [0] * self.n_blocks
         self.prefixes = PrefixCache(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes when full."""
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes when full, but for guests."""
+        return (self._keys.nbytes + self._values.nbytes) * (self.n_blocks - self.n_spare) // self.n_blocks
 
     @property
     def n_used(self) -> int:
@@ -58,12 +61,13 @@ class KVCache:
             self._values.ctypes.data + index * self.value_layer_bytes,
         )
 
-    def take(self) -> int:
+    def take(self, guest: bool = False) -> int:
         """A block for one holder: a free one, or the one that was wanted least lately."""
-        if not self._free and self._fresh == self.n_blocks and not self.prefixes.evict():
-            raise ContextLengthError(
-                f"KV cache is full: all {self.n_blocks * KV_BLOCK} tokens are in use; close a sequence"
-            )
+        most, used = self.n_blocks - self.n_spare, self.n_used - self._guests
+        if self._guests == self.n_spare if guest else used == most and not self.prefixes.evict():
+            n_tokens = KV_BLOCK * (self.n_spare if guest else most)
+            raise ContextLengthError(f"KV cache is full: all {n_tokens} tokens are in use; close a sequence")
+        self._guests += guest
         if self._free:
             block = self._free.pop()
         else:
@@ -81,8 +85,9 @@ class KVCache:
         """How many hold it."""
         return self._holders[block]
 
-    def give(self, blocks: Seq[int]) -> None:
+    def give(self, blocks: Seq[int], guest: bool = False) -> None:
         """One holder less of each block."""
+        self._guests -= guest * len(blocks)
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
@@ -97,12 +102,13 @@ class KVCache:
 class Sequence:
     """The tokens of one conversation and where their keys and values are.
 
-    table: int32, the cache block of every KV_BLOCK tokens; its address is stable.
+    table: int32, the cache block of every KV_BLOCK tokens; its address is stable. guest: it takes spare blocks, and
+    shares none.
     """
 
-    def __init__(self, cache: KVCache, n_ctx: int) -> None:
+    def __init__(self, cache: KVCache, n_ctx: int, guest: bool = False) -> None:
         self._cache: KVCache | None = cache
-        self._n_ctx = n_ctx
+        self._n_ctx, self._guest = n_ctx, guest
         self._blocks: list[int] = []
         self.tokens: list[int] = []
         self.table = np.zeros(-(-n_ctx // KV_BLOCK), np.int32)
@@ -116,6 +122,7 @@ class Sequence:
         The last of the ids never, since its logits are not kept.
         """
         cache = self._open()
+        assert not self._guest, "guests neither take nor give what others have computed"
         held = len(self.tokens)
         if held % KV_BLOCK:
             return 0
@@ -127,6 +134,7 @@ class Sequence:
 
     def share(self, tail: bool = False) -> None:
         """Let other sequences have the blocks that are full; tail: and the begun one, so that this is the end."""
+        assert not self._guest, "guests neither take nor give what others have computed"
         self._open().prefixes.add(self.tokens, self._blocks, tail)
 
     def reserve(self, count: int) -> None:
@@ -143,7 +151,7 @@ class Sequence:
             self._blocks[-1] = self.table[len(self._blocks) - 1] = own
             cache.give([shared])
         while len(self._blocks) * KV_BLOCK < wanted:
-            self._append(cache.take())
+            self._append(cache.take(self._guest))
 
     def _append(self, block: int) -> None:
         self.table[len(self._blocks)] = block
@@ -166,7 +174,7 @@ class Sequence:
         blocks = self._blocks[keep:]
         del self._blocks[keep:]  # first: an interrupt may lose a block, but never give one to two sequences
         if self._cache is not None:
-            self._cache.give(blocks)
+            self._cache.give(blocks, self._guest)
 
     def close(self) -> None:
         """Give the memory back to the cache."""

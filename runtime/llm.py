@@ -19,21 +19,25 @@ from ..formats.tokenizer import Tokenizer, load_tokenizer
 from .answer import Answer, Constraint, Processor, Request, check_callables, check_max_tokens, check_stop
 from .chat_prompt import ChatPrompt, Messages
 from .completions import Completions
-from .sampler import PARAM_NAMES, SamplingParams, check_int, reject_unknown
+from .embedding import Embedder
+from .sampler import PARAM_NAMES, SamplingParams, check_ids, check_int, reject_unknown
 from .scheduler import Scheduler
+from .state import Stateful
 from .stats import Stats
+from .turn import Turn
 
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
     from ..formats.section import Placement
     from .engine import Engine
+    from .lora import Wanted
     from .trace import Trace
 
 _ROWS = 128  # rows of logits asked of the engine at once
 _CALL_NAMES = ("max_tokens", "stop", "special", "tools", "logits_processor", *PARAM_NAMES)
 
 
-class LLM(Completions):
+class LLM(Completions, Embedder, Stateful):
     """A language model out of a GGUF file; `with LLM("model.gguf") as llm: print(llm.chat("Hello"))`.
 
     model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
@@ -42,8 +46,9 @@ class LLM(Completions):
     matter), dense, exact, threshold=D or predict. placement: what runs on the GPU (hotcold.place makes one); None: all
     runs on the CPU. n_parallel: answers that are computed at once, each with a context of n_ctx; n_queue: answers that
     may wait for that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far
-    for each that is chosen (prompt lookup); the text stays the same. trace: notes what ran when. progress: takes lines
-    about slow steps (verbose sends them to stderr).
+    for each that is chosen (prompt lookup); the text stays the same. lora: adapters (GGUF) as paths or pairs (path,
+    scale). prompt_cache: a file of what prompts began with: taken up at the start if it is there, written by close().
+    trace: notes what ran when. progress: takes lines about slow steps (verbose sends them to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
     before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from
@@ -66,6 +71,8 @@ class LLM(Completions):
         n_queue: int | None = None,
         lookup: int = 0,
         trace: Trace | None = None,
+        lora: Wanted = (),
+        prompt_cache: str | Path | None = None,
         verbose: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -91,10 +98,12 @@ class LLM(Completions):
             placement=placement,
             n_parallel=n_parallel,
             trace=trace,
+            lora=lora,
             progress=report,
         )
         try:
             self._attach(engine, load_tokenizer(engine.file), None, chosen_seed, str(model), serving)
+            self._use_prompt_cache(prompt_cache)
         except BaseException:
             engine.close()
             raise
@@ -143,6 +152,7 @@ class LLM(Completions):
             raise FormatError(engine.file.path, f"general.sampling ({name})", got, wanted) from error
         self._seed = seed
         self.scheduler = Scheduler(engine, *serving)
+        self.embedding = Turn()
         self._last: Answer | None = None
 
     @property
@@ -295,8 +305,14 @@ class LLM(Completions):
         return self._last.stats if self._last else Stats(n_ctx=self.n_ctx)
 
     def close(self) -> None:
-        """Wait for the step in progress, then free the model; streams end there, with ClosedError for their readers."""
-        self.scheduler.close()
+        """Wait for the step in progress, then free the model; streams end there, with ClosedError for their readers.
+
+        The prompt cache is written before, if there is one; StorageError where it cannot be.
+        """
+        try:
+            self._keep_prompt_cache()
+        finally:
+            self.scheduler.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"n_ctx={self.n_ctx}, n_threads={self.engine.n_threads}"
@@ -446,23 +462,6 @@ def _check_serving(n_parallel: int, n_queue: int | None, lookup: int) -> tuple[i
     most = check_int("n_parallel", n_parallel, 1, 128)
     queue = None if n_queue is None else check_int("n_queue", n_queue, 0)
     return most, queue, check_int("lookup", lookup, 0, 16)
-
-
-def check_ids(ids: object, n_vocab: int) -> list[int]:
-    """Token ids as a list of int; ParameterError for anything else or an id out of range."""
-    try:
-        array = np.asarray(ids)
-    except ValueError:
-        array = np.empty((0, 0))
-    if array.size == 0 and array.ndim == 1:
-        return []
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ParameterError(f"token ids: got {type(ids).__name__}, wanted a flat list of integers")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= n_vocab:
-        raise ParameterError(f"token ids: got {low if low < 0 else high}, wanted 0 to {n_vocab - 1}")
-    found: list[int] = array.tolist()
-    return found
 
 
 def _join(stream: Generator[str, None, None]) -> str:

@@ -36,6 +36,23 @@ def check_number(name: str, value: object, low: float, high: float = math.inf) -
     return float(value)
 
 
+def check_ids(ids: object, n_vocab: int) -> list[int]:
+    """Token ids as a list of int; ParameterError for anything else or an id out of range."""
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        array = np.empty((0, 0))
+    if array.size == 0 and array.ndim == 1:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ParameterError(f"token ids: got {type(ids).__name__}, wanted a flat list of integers")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= n_vocab:
+        raise ParameterError(f"token ids: got {low if low < 0 else high}, wanted 0 to {n_vocab - 1}")
+    found: list[int] = array.tolist()
+    return found
+
+
 def check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """An integer in [low, high] (None = no bound), as int; ParameterError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -245,13 +245,16 @@ class Model:
 
         q8 rounds the activations that meet quantised weights, kv_f16 the cached keys and values.
         """
+        return self._linear("output" if "output.weight" in self.tensors else "token_embd", self.hidden(ids))
+
+    def hidden(self, ids: Sequence[int]) -> Array:
+        """What the output head reads: float64 (len(ids), n_embd), the last block's result, normed."""
         x = self.tensors["token_embd.weight"][np.asarray(ids)]
         for layer in range(self.n_layer):
             x = x + self._attention(layer, self._norm(f"blk.{layer}.attn_norm", x))
             h = self._norm(f"blk.{layer}.ffn_norm", x)
             x = x + self._ffn(layer, h)
-        x = self._norm("output_norm", x)
-        return self._linear("output" if "output.weight" in self.tensors else "token_embd", x)
+        return self._norm("output_norm", x)
 
     def _attention(self, layer: int, x: Array) -> Array:
         n, positions, name = len(x), np.arange(len(x)), f"blk.{layer}.attn_"

@@ -69,7 +69,14 @@ class Ours:
     """The engine in this process."""
 
     def __init__(
-        self, path: Path, n_ctx: int, n_threads: int | None, sparsity: str, gpu: GPUOptions, stack: ExitStack
+        self,
+        path: Path,
+        n_ctx: int,
+        n_threads: int | None,
+        sparsity: str,
+        gpu: GPUOptions,
+        stack: ExitStack,
+        lora: list[tuple[Path, float]],
     ) -> None:
         from ..runtime.engine import Engine  # imported before the clock starts, as the peer's library is
 
@@ -86,6 +93,7 @@ class Ours:
                 sparsity=sparsity,
                 placement=placement,
                 trace=trace,
+                lora=lora,
                 progress=status,
             )
 
@@ -211,15 +219,19 @@ def bench(
     require_gpu: options.RequireGpu = False,
     cold: options.Cold = "auto",
     trace: options.TraceFile = None,
+    lora: options.Lora = None,
     against: Peer = None,
     peer_python: PeerPython = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure speed, start-up time and peak memory."""
+    if lora and against is not None:
+        raise typer.BadParameter("the other package is measured without adapters", param_hint="--lora")
     path = console.find_model(model)
     n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
     with ExitStack() as stack:
-        ours = Ours(path, n_ctx, threads, sparsity, GPUOptions(vram_budget, require_gpu, cold, trace), stack)
+        wanted, adapters = GPUOptions(vram_budget, require_gpu, cold, trace), options.adapters(lora)
+        ours = Ours(path, n_ctx, threads, sparsity, wanted, stack, adapters)
         n_vocab, used = ours.engine.n_vocab, ours.engine.n_threads
         _warn_if_busy()
         sides: list[Side] = [ours]

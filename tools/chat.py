@@ -44,6 +44,8 @@ def chat(
     require_gpu: options.RequireGpu = False,
     cold: options.Cold = "auto",
     trace: options.TraceFile = None,
+    lora: options.Lora = None,
+    prompt_cache: options.PromptCache = None,
 ) -> None:
     """Chat with a model, or answer what is piped in."""
     interactive = sys.stdin.isatty()
@@ -52,7 +54,7 @@ def chat(
         raise ParameterError("stdin: got nothing, wanted a message; run `hotcold chat` in a terminal to talk")
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted) as llm:
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, options.adapters(lora), prompt_cache) as llm:
         if "repeat_penalty" not in llm.config.sampling:
             chosen.setdefault("repeat_penalty", REPEAT_PENALTY)
         talk = Conversation(llm, model, system, chosen, n_predict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,7 +164,12 @@ def find_model(name: str) -> Path:
 
 @contextmanager
 def open_engine(
-    name: str, n_ctx: int | None, n_threads: int | None, sparsity: str = "auto", use_section: bool = True
+    name: str,
+    n_ctx: int | None,
+    n_threads: int | None,
+    sparsity: str = "auto",
+    use_section: bool = True,
+    lora: Sequence[tuple[Path, float]] = (),
 ) -> Iterator[Engine]:
     """The bare engine on the model `name`, as open_llm does it."""
     path = find_model(name)
@@ -178,6 +183,7 @@ def open_engine(
             n_threads=n_threads,
             sparsity=sparsity,
             use_section=use_section,
+            lora=lora,
             progress=status,
         ) as engine:
             status.clear()

@@ -22,12 +22,14 @@ _ACTIVATIONS = {
 
 
 def describe(gguf: GGUFFile) -> dict[str, Any]:
-    """{"family", "features": {name: text}, "memory": bytes}, or {"unsupported": why}; JSON-able."""
+    """{"family", "features": {name: text}, "memory": bytes (of a model)}, or {"unsupported": why}; JSON-able."""
     from ..formats.config import ModelConfig
     from ..formats.errors import HotcoldError
     from ..runtime.footprint import footprint
 
     try:
+        if gguf.metadata.get("general.type") == "adapter":
+            return _adapter(gguf)
         config = ModelConfig.from_gguf(gguf)
     except HotcoldError as error:
         return {"unsupported": str(error).removeprefix(f"{gguf.path}: ")}
@@ -45,11 +47,27 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"  {'family':13}  {report['family']}"
     for name, text in report["features"].items():
         yield f"  {name:13}  {text}"
-    memory = report["memory"]
+    if (memory := report.get("memory")) is None:
+        return
     token, n_ctx = memory["kv_cache_per_token"], memory["n_ctx"]
     cache = f"KV cache {human_bytes(token * n_ctx)} ({human_bytes(token)} a token) for a context of {n_ctx}"
     yield f"  {'memory':13}  {human_bytes(memory['total'])}: weights {human_bytes(memory['weights'])}, {cache},"
     yield f"  {'':13}  working space about {human_bytes(memory['working'])}"
+
+
+def _adapter(gguf: GGUFFile) -> dict[str, Any]:
+    from ..formats.lora import Adapter
+
+    with Adapter(gguf.path) as adapter:
+        ranks = sorted(set(adapter.ranks.values()))
+        parts = sorted({name.split(".", 2)[-1].removesuffix(".weight") for name in adapter.ranks})
+        scale = f", alpha {adapter.alpha:g}" if adapter.alpha else ""
+        rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[1:] else "")
+        features = {
+            "adapter": f"LoRA for {adapter.arch} models (--lora), {rank}{scale}",
+            "changes": f"{len(adapter.ranks)} matrices: {', '.join(parts)}",
+        }
+        return {"family": adapter.arch, "features": features}
 
 
 def _features(c: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,8 @@ def open_llm(
     n_threads: int | None,
     sparsity: str = "auto",
     gpu: GPUOptions | None = None,
+    lora: Sequence[tuple[Path, float]] = (),
+    prompt_cache: Path | None = None,
     **serving: Any,
 ) -> Iterator[LLM]:
     """The model `name` (pulled if need be), its loading and first compilation shown on stderr.
@@ -83,6 +85,8 @@ def open_llm(
                     sparsity=sparsity,
                     placement=placement,
                     trace=trace,
+                    lora=lora,
+                    prompt_cache=prompt_cache,
                     progress=status,
                     **serving,
                 )

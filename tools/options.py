@@ -44,10 +44,31 @@ Cold = Annotated[
 TraceFile = Annotated[
     Path | None, Option("--trace", metavar="FILE.json", help="Write a timeline of the CPU and the GPU.")
 ]
+Lora = Annotated[
+    list[str] | None,
+    Option("--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter (GGUF), scaled; may be given several times."),
+]
+PromptCache = Annotated[
+    Path | None,
+    Option("--prompt-cache", metavar="FILE", help="Keep here what prompts begin with, for runs to come."),
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 Prompt = Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads stdin.")]
 PromptFile = Annotated[Path | None, Option("--file", "-f", metavar="FILE", help="Read the prompt from a file.")]
+
+
+def adapters(given: list[str] | None) -> list[tuple[Path, float]]:
+    """Paths and scales of --lora; without a scale, or where the whole is a file's name, it is 1."""
+    found = []
+    for text in given or []:
+        path, _, number = text.rpartition("=")
+        try:
+            scale = float(number)
+        except ValueError:
+            path = ""
+        found.append((Path(path), scale) if path and not Path(text).exists() else (Path(text), 1.0))
+    return found
 
 
 def sampling(

@@ -26,11 +26,12 @@ def perplexity(
     chunks: Chunks = -1,
     threads: options.Threads = None,
     sparsity: options.Sparsity = "auto",
+    lora: options.Lora = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text."""
     text = textfile.read_text(encoding="utf-8", errors="replace")
-    with console.open_engine(model, ctx, threads, sparsity) as engine:
+    with console.open_engine(model, ctx, threads, sparsity, True, options.adapters(lora)) as engine:
         from ..formats.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(engine.file)

@@ -54,6 +54,8 @@ def run(
     require_gpu: options.RequireGpu = False,
     cold: options.Cold = "auto",
     trace: options.TraceFile = None,
+    lora: options.Lora = None,
+    prompt_cache: options.PromptCache = None,
     timings: Timings = False,
 ) -> None:
     """Complete a prompt, or answer it (--chat)."""
@@ -65,7 +67,7 @@ def run(
         n_predict = CHAT_LENGTH if chat else RAW_LENGTH
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted) as llm:
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, options.adapters(lora), prompt_cache) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})

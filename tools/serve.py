@@ -36,9 +36,6 @@ PerSequence = Annotated[
 Lookup = Annotated[
     int, typer.Option("--lookup", metavar="N", min=0, help="Guess up to N tokens from the text so far; same answers.")
 ]
-Lora = Annotated[
-    list[str] | None, typer.Option("--lora", metavar="FILE[=SCALE]", help="Apply a LoRA adapter; may be repeated.")
-]
 Grace = Annotated[
     float, typer.Option("--grace", metavar="S", min=0.0, help="Seconds that running answers get when the server ends.")
 ]
@@ -70,7 +67,7 @@ def serve(
     require_gpu: options.RequireGpu = False,
     cold: options.Cold = "auto",
     lookup: Lookup = 0,
-    lora: Lora = None,
+    lora: options.Lora = None,
     grace: Grace = 30.0,
     cors: Cors = None,
     alias: Alias = None,
@@ -85,10 +82,11 @@ def serve(
     from ..runtime.server.service import Settings
 
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold)
-    more = {"n_parallel": parallel, "n_queue": queue, "lookup": lookup}
+    adapters = options.adapters(lora)
+    more: dict[str, Any] = {"n_parallel": parallel, "n_queue": queue, "lookup": lookup}
 
     def loader(model: str) -> Callable[[], AbstractContextManager[LLM]]:
-        return lambda: gpu.open_llm(model, ctx, threads, sparsity, wanted, **more)
+        return lambda: gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, **more)
 
     settings = Settings(
         host=host, port=port, api_keys=keys(api_key or [], api_key_file), cors=tuple(cors or ()),
@@ -127,15 +125,3 @@ def keys(given: list[str], file: Path | None) -> tuple[str, ...]:
         if not key.strip() or not key.isascii() or not key.isprintable():
             raise ParameterError("--api-key: got one that is empty or that no header carries, wanted printable ASCII")
     return tuple(found)
-
-
-def adapters(given: list[str]) -> list[Any]:
-    """FILE or FILE=SCALE as (path, scale)."""
-    found = []
-    for text in given:
-        path, equals, scale = text.rpartition("=")
-        try:
-            found.append((path, float(scale)) if equals else (text, 1.0))
-        except ValueError:
-            found.append((text, 1.0))  # a file with = in its name
-    return found

@@ -78,7 +78,7 @@ def test_a_context_beyond_all_memory_is_refused(tiny_model: Make, monkeypatch: p
         with pytest.raises(ParameterError, match="n_ctx"):
             LLM(path, n_ctx=n_ctx)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise MemoryError("no 128 GiB")
 
     monkeypatch.setattr("hotcold.runtime.engine.KVCache", fail)

@@ -198,7 +198,7 @@ def test_piped_chat_answers_once(fake_llm: list[Any]) -> None:
 
     result = CliRunner().invoke(app, ["chat", "--temp", "0", "-t", "1", "-c", "99"], input="hi\nthere\n")
     assert (result.exit_code, result.stdout) == (0, "Hello\n")
-    assert fake_llm == [("smollm2", 99, 1, "auto", gpu.GPUOptions())]
+    assert fake_llm == [("smollm2", 99, 1, "auto", gpu.GPUOptions(), [], None)]
 
 
 def test_piped_nothing_is_an_error(fake_llm: list[Any]) -> None:
