@@ -1,0 +1,265 @@
+"""Constrained answers: a JSON schema, a regular expression or a grammar as a mask over the next token (llguidance)."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats.errors import ParameterError, UnsupportedError
+from ..formats.tokenizer import Tokenizer
+from .gbnf import gbnf_to_lark, is_gbnf
+from .schema_limits import check_schema
+
+# What a hostile source may cost. llguidance counts its own work; it recurses along chains of rules, up to 4 KB a rule.
+_LONGEST = 128 << 10  # characters of a source
+_MOST_RULES = 4000
+_STACK = 128 << 20
+_LIMITS = {"max_lexer_states": 50_000, "step_max_items": 1_000_000, "verbose_errors": False}
+_KEPT = 16  # compiled grammars kept for each model
+# Fixed separators, as Python's json.dumps writes them: where any white space may come, small models write it forever.
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_HEADER = '%llguidance {"no_forcing": true}\n'
+
+
+class Constraint:
+    """What one answer may say next; made by `constraint`, used by one answer."""
+
+    def __init__(self, matcher: Any, name: str, stop_ids: frozenset[int]) -> None:
+        self._matcher, self._name, self._stop_ids = matcher, name, stop_ids
+
+    def apply(self, scores: NDArray[np.float32]) -> None:
+        """Set the scores (n_vocab,) of tokens that may not come now to -inf, in place.
+
+        Tokens that end the answer stay exactly where it may end; where it must, nothing else does. ParameterError
+        where the grammar asks too much, or for what no token of the vocabulary says.
+        """
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        allowed = np.unpackbits(mask, count=min(len(scores), 8 * len(mask)), bitorder="little").view(bool)
+        if not allowed.any():
+            raise ParameterError(f"{self._name}: no token of this model can come next; loosen it")
+        np.copyto(scores[: len(allowed)], -np.inf, where=~allowed)
+        scores[len(allowed) :] = -np.inf
+
+    def accept(self, token: int) -> None:
+        """Note that this token came; ParameterError for one that might not."""
+        if token not in self._stop_ids:
+            self._matcher.consume_token(token)
+            self._check()
+
+    def copy(self) -> Constraint:
+        """Another one in the same state, for another answer."""
+        return Constraint(self._matcher.deep_copy(), self._name, self._stop_ids)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ParameterError(f"{self._name}: {_first_line(self._matcher.get_error())}")
+
+
+def constraint(
+    tokenizer: Tokenizer,
+    *,
+    schema: Any = None,
+    regex: str | None = None,
+    grammar: str | None = None,
+    json_object: bool = False,
+    name: str = "",
+) -> Constraint | None:
+    """A constraint of what an answer says, None where nothing is asked; at most one of the four may be.
+
+    schema: a JSON schema (dict or JSON text) or a pydantic model class. regex: in Rust's notation, for the whole answer.
+    grammar: Lark's or llama.cpp's (GBNF) notation. json_object: any JSON object. name: what errors call it. ParameterError
+    for a source that is broken or asks too much, UnsupportedError where llguidance is not installed.
+    """
+    given = [key for key, value in (("schema", schema), ("regex", regex), ("grammar", grammar)) if value is not None]
+    given += ["json_object"] * bool(json_object)
+    if len(given) > 1:
+        raise ParameterError(f"{given[0]}: got {' and '.join(given)}, wanted one of them")
+    if not given:
+        return None
+    name = name or given[0]
+    if given[0] == "regex":
+        source = _regex(check_source(name, regex))
+    elif given[0] == "grammar":
+        source = _lark(check_source(name, grammar))
+    else:
+        source = "start: " + json_rule({"type": "object"} if json_object else schema, name) + "\n"
+    return compiled(tokenizer, source, name)
+
+
+def compiled(tokenizer: Tokenizer, source: str, name: str) -> Constraint:
+    """The constraint of a Lark grammar that was checked; compiled once for each model."""
+    with _lock:
+        grammars = _grammars.get(tokenizer)
+        if grammars is None:
+            grammars = _grammars[tokenizer] = _Grammars(tokenizer)
+    return grammars.constraint(source, name)
+
+
+def json_rule(schema: Any, name: str) -> str:
+    """What stands in a Lark rule for the JSON texts of a schema (dict, JSON text, pydantic model class)."""
+    make = getattr(schema, "model_json_schema", None)
+    try:
+        if isinstance(schema, type) and callable(make):
+            schema = make()
+        elif isinstance(schema, str):
+            schema = json.loads(check_source(name, schema))
+        if not isinstance(schema, Mapping):
+            wanted = "a JSON schema (an object) or a pydantic model class"
+            raise ParameterError(f"{name}: got {type(schema).__name__}, wanted {wanted}")
+        schema = {**schema, "x-guidance": _JSON_STYLE}
+        text = check_source(name, json.dumps(schema, allow_nan=False))
+        check_schema(json.loads(text), name)
+    except ParameterError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ParameterError(f"{name}: got no JSON ({_first_line(str(error))}), wanted a JSON schema") from None
+    return "%json " + text
+
+
+def check_source(name: str, text: object) -> str:
+    """A source of reasonable size; ParameterError for anything else."""
+    if not isinstance(text, str):
+        raise ParameterError(f"{name}: got {type(text).__name__}, wanted a text")
+    if len(text) > _LONGEST:
+        raise ParameterError(f"{name}: got {len(text)} characters, wanted at most {_LONGEST}")
+    if not text.isascii() and re.search("[\ud800-\udfff]", text):
+        raise ParameterError(f"{name}: got half of a surrogate pair, wanted whole characters")
+    return text
+
+
+class _Grammars:
+    """The grammars compiled for one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._lock = threading.Lock()
+        self._found: OrderedDict[str, Any] = OrderedDict()
+        self._stop_ids = tokenizer.stop_ids
+        if not self._stop_ids:
+            raise UnsupportedError("this model has no token that ends an answer, which schema, regex and grammar need")
+        self._tokenizer = _tokenizer(tokenizer)
+
+    def constraint(self, source: str, name: str) -> Constraint:
+        with self._lock:
+            matcher = self._found.get(source)
+            if matcher is None:
+                matcher = _on_large_stack(lambda: self._compile(source, name))
+                self._found[source] = matcher
+                if len(self._found) > _KEPT:
+                    self._found.popitem(last=False)
+            self._found.move_to_end(source)
+            return Constraint(matcher, name, self._stop_ids).copy()
+
+    def _compile(self, source: str, name: str) -> Any:
+        llguidance = _library()
+        limits = llguidance.LLParserLimits(**_LIMITS)
+        text = source if "%llguidance" in source else _HEADER + source
+        matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
+        Constraint(matcher, name, self._stop_ids)._check()
+        trial = Constraint(matcher.deep_copy(), name, self._stop_ids)
+        trial.apply(np.zeros(self._tokenizer.vocab_size, np.float32))
+        return matcher
+
+
+_lock = threading.Lock()
+_grammars: weakref.WeakKeyDictionary[Tokenizer, _Grammars] = weakref.WeakKeyDictionary()
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        message = "schema, regex, grammar and forced tools need llguidance: pip install 'hotcold[schema]'"
+        raise UnsupportedError(message) from None
+    return llguidance
+
+
+def _tokenizer(tokenizer: Tokenizer) -> Any:
+    """llguidance's view of a vocabulary: the bytes of every token, and which are no text."""
+    llguidance = _library()
+    control = [i for i in range(tokenizer.n_vocab) if tokenizer.is_control(i)]
+    longest = {data: i for i, data in enumerate(map(tokenizer.token_bytes, range(tokenizer.n_vocab)))}
+
+    class Vocabulary:
+        eos_token_id = min(tokenizer.stop_ids)
+        bos_token_id = tokenizer.bos_id
+        tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
+        special_token_ids = control
+
+        def __call__(self, text: bytes | str) -> list[int]:
+            # for forced texts, which no_forcing turns off: the bytes one by one, where the vocabulary has them
+            data = text.encode() if isinstance(text, str) else text
+            return [longest[byte] for byte in (data[i : i + 1] for i in range(len(data))) if byte in longest]
+
+    wrapped = llguidance.TokenizerWrapper(Vocabulary())
+    return llguidance.LLTokenizer(wrapped, n_vocab=tokenizer.n_vocab, eos_token=sorted(tokenizer.stop_ids))
+
+
+def _on_large_stack(work: Callable[[], Any]) -> Any:
+    """Run in a thread whose stack survives the recursion that the longest source can cause."""
+    done: list[Any] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    with _lock:
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run, name="hotcold-grammar", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return done[0]
+
+
+def _regex(regex: str) -> str:
+    # the whole answer is meant anyway, and llguidance has no anchors
+    regex = regex.removeprefix("^")
+    if regex.endswith("$") and (len(regex) - len(regex[:-1].rstrip("\\"))) % 2:
+        regex = regex[:-1]
+    return f"start: /{_library().regex_to_lark(regex, 'd')}/\n" if regex else 'start: ""\n'
+
+
+def _lark(text: str) -> str:
+    if is_gbnf(text):
+        text = gbnf_to_lark(text)
+    else:
+        plain = re.sub(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*', " ", text)
+        if re.search(r"[&~]", plain):
+            raise ParameterError("grammar: got & or ~ between terminals, which can cost any time; write it without")
+        if re.search("%(llguidance|regex|lark|import)", plain):
+            raise ParameterError("grammar: got %llguidance, %regex, %lark or %import, wanted rules and %json alone")
+        for match in re.finditer(r"%json\s*", text):
+            try:
+                schema, _ = json.JSONDecoder().raw_decode(text, match.end())
+            except (ValueError, RecursionError) as error:
+                raise ParameterError(f"grammar: %json: {error}") from None
+            check_schema(schema, "grammar")
+    if text.count("\n") > _MOST_RULES:
+        raise ParameterError(f"grammar: got {text.count(chr(10))} lines, wanted at most {_MOST_RULES}")
+    return text
+
+
+def _first_line(text: str) -> str:
+    """llguidance's message without its place in our wrapping and its dump of the source."""
+    text = re.sub(r"^(at )?\d+\(\d+\): ", "", text.strip())
+    text = text.removeprefix("failed to compile JSON schema: ")
+    lines = text.split("\n")
+    # a regular expression's error says what is wrong in its last line
+    shown = next((line for line in lines if line.startswith("error: ")), lines[0])
+    return shown if len(shown) < 200 else shown[:199] + "…"
