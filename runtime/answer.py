@@ -75,8 +75,8 @@ class Piece:
 class Answer:
     """An answer, to be iterated over once, by `for` or `async for`; it waits for its place from `start` on.
 
-    Afterwards: `finish_reason` "stop" or "length", `tokens` the ids of the answer, `prompt_scores`, `stats`. An answer
-    that nobody reads pauses, and gives its place to others that wait.
+    Afterwards: `finish_reason` "stop" or "length", `tokens` the ids of the answer, `prompt_scores`, `end_score` (of the
+    token that ended it), `stats`. An answer that nobody reads pauses, and gives its place to others that wait.
     """
 
     def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, request: Request) -> None:
@@ -85,6 +85,7 @@ class Answer:
         self.tokens: list[int] = []
         self.ids = list(request.ids)  # and then the answer's
         self.prompt_scores: list[TokenScore] = []
+        self.end_score: TokenScore | None = None
         self.ended = False
         self.error: BaseException | None = None
         engine = scheduler.engine
@@ -218,6 +219,8 @@ class Answer:
                 return self._finish("length")
             token = self._choose(logits)
             if token is None or token in self._tokenizer.stop_ids:
+                if token is not None and self.request.logprobs is not None:
+                    self.end_score = score(logits, token, self.request.logprobs, self._decoded)
                 return self._finish("stop")
             self.tokens.append(token)
             self.ids.append(token)

@@ -1,32 +1,18 @@
-"""OpenAI-shaped completions, with llama-cpp-python's names: plain dicts, or iterators of chunks."""
+"""LLM's answers in OpenAI's shapes: requests as OpenAI's API has them, and methods with llama-cpp-python's names."""
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..formats.errors import ParameterError, UnsupportedError
+from ..formats.chat_template import ChatTemplate
+from ..formats.errors import ParameterError
 from ..formats.tokenizer import Tokenizer
-from .answer import Answer, Piece, Processor, TokenScore
+from .answer import Answer, Processor
 from .chat_prompt import Messages
-from .sampler import check_int, reject_unknown
-
-# Arguments of llama-cpp-python that change nothing at these values (None = at any) and are refused at others.
-_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
-    "tfs_z": (1.0,), "mirostat_mode": (0,), "mirostat_tau": None, "mirostat_eta": None, "grammar": (None,),
-    "functions": (None,), "function_call": (None, "none"), "tool_choice": (None, "auto", "none"),
-    "n": (1, None), "best_of": (1, None), "user": None, "stream_options": (None,),
-}  # fmt: skip
-_KNOWN = (
-    "suffix", "max_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty",
-    "repeat_last_n", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stream", "echo",
-    "logprobs", "top_logprobs", "logits_processor", "stopping_criteria", "model", "special", "tools",
-    "response_format", *_NEUTRAL,
-)  # fmt: skip
+from .fields import MOST_CHOICES, MOST_TOP, Fields, check_other, split_prompts
+from .replies import ChatChoice, Reply, TextChoice
+from .sampler import check_int
 
 
 class Completions:
@@ -37,9 +23,90 @@ class Completions:
     ask: Callable[..., Answer]
     ask_chat: Callable[..., Answer]
 
+    @property
+    def template(self) -> ChatTemplate:
+        """The model's chat template."""
+        raise NotImplementedError
+
+    def open_completion(self, **request: Any) -> Reply:
+        """The reply to a request to /v1/completions, checked and not started: its fields, as OpenAI documents them.
+
+        prompt: a text, token ids, or a list of either. n answers to each; with a seed, answer i uses seed + i.
+        max_tokens: 16 where it is missing, -1 = until the context is full, 0 = no answer (with echo and logprobs it
+        scores the prompt). Beyond OpenAI's: top_k, min_p, typical_p, repeat_penalty, repeat_last_n, special (parse
+        control tokens in the prompt), and schema, regex or grammar (see `generate`). None counts as missing; unknown
+        fields are left alone.
+        """
+        fields = Fields(request)
+        prompts, n = split_prompts(fields.required("prompt")), fields.count()
+        _check_choices(len(prompts) * n)
+        echo, suffix, special = fields.flag("echo"), fields.text("suffix"), fields.flag("special")
+        asked = {
+            "max_tokens": fields.limit("max_tokens", default=16),
+            "stop": fields.stop(),
+            "special": special,
+            "logprobs": fields.integer("logprobs", 0, MOST_TOP),
+            "prompt_logprobs": echo,
+            "logits_processor": fields.any("logits_processor"),
+            "stopping_criteria": fields.any("stopping_criteria"),
+        }
+        constraint = self._constraint(fields)
+        usage_chunk, model = fields.usage_chunk(), fields.text("model") or self.name
+        choices: list[TextChoice] = []
+        for p, prompt in enumerate(prompts):
+            for answer in self._answers(self.ask, prompt, n, constraint, asked, fields.sampling()):
+                decoded = prompt if isinstance(prompt, str) else self.tokenizer.decode(answer.request.ids, special=True)
+                choices.append(
+                    TextChoice(answer, self.tokenizer, len(choices), p, before=decoded, echo=echo, suffix=suffix)
+                )
+        return Reply(choices, model, usage_chunk)
+
+    def open_chat(self, **request: Any) -> Reply:
+        """The reply to a request to /v1/chat/completions, checked and not started: its fields are OpenAI's.
+
+        The same holds as for `open_completion`, but that max_tokens (or max_completion_tokens) is "until the context
+        is full" where it is missing, and the temperature 0.2 where neither request nor file names one, as in
+        llama-cpp-python. tools: go through the model's chat template where it knows them, else into the system
+        message.
+        """
+        fields = Fields(request)
+        messages, n = fields.required("messages"), fields.count()
+        logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MOST_TOP)
+        if top and not logprobs:
+            raise ParameterError(f"top_logprobs: got {top} without logprobs, wanted logprobs=True with it")
+        from .tool_calls import ToolParser, check_tools, force_calls, format_of
+        from .tool_prompt import tool_prompt
+
+        use = check_tools(fields.any("tools"), fields.any("tool_choice"), fields.any("parallel_tool_calls"))
+        schema, wants_json = fields.response_format()
+        if use.tools and (use.forced or wants_json):
+            or_schema = None if use.forced else schema or {"type": "object"}
+            form = format_of(self.template.source)
+            constraint: Any = force_calls(self.tokenizer, use, form, or_schema)
+        else:
+            constraint = self._constraint(fields, schema, wants_json)
+        messages, tools = tool_prompt(self.template).prepare(messages, use.tools)
+        asked = {
+            "max_tokens": fields.limit("max_completion_tokens", "max_tokens", default=None),
+            "stop": fields.stop(),
+            "tools": tools,
+            "logprobs": (top or 0) if logprobs else None,
+            "logits_processor": fields.any("logits_processor"),
+            "fallback": {"temp": 0.2},
+        }
+        usage_chunk, model = fields.usage_chunk(), fields.text("model") or self.name
+        answers = self._answers(self.ask_chat, messages, n, constraint, asked, fields.sampling())
+        choices = [
+            ChatChoice(
+                answer, self.tokenizer, i, parser=ToolParser(use.names) if use.tools else None, several=use.several
+            )
+            for i, answer in enumerate(answers)
+        ]
+        return Reply(choices, model, usage_chunk)
+
     def create_completion(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
         suffix: str | None = None,
         max_tokens: int | None = 16,
         temperature: float | None = None,
@@ -61,29 +128,24 @@ class Completions:
         model: str | None = None,
         repeat_last_n: int | None = None,
         special: bool = False,
+        grammar: str | None = None,
         **other: Any,
     ) -> Any:
         """Complete a prompt: a `text_completion` dict, or with stream=True an iterator of them.
 
         max_tokens None or <= 0: until the context is full. Sampling arguments left at None take the file's
         general.sampling.* or SamplingParams' defaults. special: parse control tokens in the prompt. suffix:
-        appended to the text (no fill-in-the-middle).
+        appended to the text (no fill-in-the-middle). other: n, stream_options, schema, regex (see `open_completion`).
         """
-        _refuse_other(other)
-        if suffix is not None and not isinstance(suffix, str):
-            raise ParameterError(f"suffix: got {type(suffix).__name__}, wanted a text")
-        if logprobs is not None:
-            check_int("logprobs", logprobs, 0)
-        answer = self.ask(
-            prompt, _limit(max_tokens), stop, special,
-            logprobs=logprobs, prompt_logprobs=bool(echo),
-            logits_processor=logits_processor, stopping_criteria=stopping_criteria,
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, seed=seed,
-            repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n, presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+        check_other(other, ("n", "best_of", "stream_options", "schema", "regex"))
+        reply = self.open_completion(
+            **other, prompt=_given(prompt, "prompt"), suffix=suffix, max_tokens=_limit(max_tokens), stop=stop,
+            temperature=temperature, top_p=top_p, min_p=min_p, typical_p=typical_p, logprobs=logprobs, echo=echo,
+            frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, repeat_penalty=repeat_penalty,
+            top_k=top_k, stream=stream, seed=seed, logits_processor=logits_processor, logit_bias=logit_bias,
+            stopping_criteria=stopping_criteria, model=model, repeat_last_n=repeat_last_n, special=special,
+            grammar=grammar,
         )  # fmt: skip
-        before = prompt if isinstance(prompt, str) else self.tokenizer.decode(answer.request.ids, special=True)
-        reply = _Text(answer, self.tokenizer, model or self.name, before=before, echo=bool(echo), suffix=suffix or "")
         return reply.chunks() if stream else reply.whole()
 
     __call__ = create_completion
@@ -111,172 +173,74 @@ class Completions:
         logprobs: bool | None = None,
         top_logprobs: int | None = None,
         repeat_last_n: int | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        grammar: str | None = None,
         **other: Any,
     ) -> Any:
         """Answer a conversation: a `chat.completion` dict, or with stream=True an iterator of chunks.
 
-        As in llama-cpp-python the temperature defaults to 0.2 where the file says nothing. `tools` go to the
-        chat template. response_format: only {"type": "text"}.
+        As in llama-cpp-python the temperature defaults to 0.2 where the file says nothing. response_format: OpenAI's,
+        or {"type": "json_object", "schema": ...}. other: n, stream_options, parallel_tool_calls, max_completion_tokens,
+        schema, regex (see `open_chat`).
         """
-        _refuse_other(other)
-        if response_format is not None and dict(response_format) != {"type": "text"}:
-            raise UnsupportedError(f"response_format: got {dict(response_format)}, supported is {{'type': 'text'}}")
-        if top_logprobs is not None and check_int("top_logprobs", top_logprobs, 0) and not logprobs:
-            raise ParameterError(f"top_logprobs: got {top_logprobs} without logprobs, wanted logprobs=True with it")
-        answer = self.ask_chat(
-            messages, _limit(max_tokens), stop, tools,
-            logprobs=(top_logprobs or 0) if logprobs else None,
-            logits_processor=logits_processor, fallback={"temp": 0.2},
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, seed=seed,
-            repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n,
-            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias,
+        check_other(
+            other, ("n", "stream_options", "parallel_tool_calls", "max_completion_tokens", "schema", "regex")
+        )
+        reply = self.open_chat(
+            **other, messages=_given(messages, "messages"), tools=tools, tool_choice=tool_choice, stop=stop, seed=seed,
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, typical_p=typical_p, stream=stream,
+            response_format=response_format, max_tokens=_limit(max_tokens), presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty, repeat_penalty=repeat_penalty, model=model, logprobs=logprobs,
+            logits_processor=logits_processor, logit_bias=logit_bias, top_logprobs=top_logprobs,
+            repeat_last_n=repeat_last_n, grammar=grammar,
         )  # fmt: skip
-        reply = _Chat(answer, self.tokenizer, model or self.name)
         return reply.chunks() if stream else reply.whole()
 
+    def _answers(
+        self,
+        ask: Callable[..., Answer],
+        prompt: Any,
+        n: int,
+        constraint: Any,
+        asked: dict[str, Any],
+        sampling: dict[str, Any],
+    ) -> list[Answer]:
+        """n answers to one prompt, which with a seed differ and come again."""
+        found: list[Answer] = []
+        for i in range(n):
+            seed = found[0].request.params.seed if found else None
+            if seed is not None and seed >= 0:
+                sampling = {**sampling, "seed": seed + i}
+            try:
+                found.append(ask(prompt, **asked, **sampling, constraint=constraint and constraint.copy()))
+            except ParameterError as error:
+                # LLM.tokenize and others have an argument of that name
+                if str(error).startswith("token ids: "):
+                    raise ParameterError(f"prompt: {error}") from None
+                raise
+        return found
 
-def _limit(max_tokens: int | None) -> int | None:
-    """llama-cpp-python's reading of max_tokens: none or <= 0 is no limit."""
-    return None if max_tokens is None or check_int("max_tokens", max_tokens) <= 0 else max_tokens
+    def _constraint(self, fields: Fields, schema: Any = None, wants_json: bool = False) -> Any:
+        from .grammar import constraint
 
-
-def _refuse_other(other: Mapping[str, Any]) -> None:
-    reject_unknown(other, _KNOWN)
-    for name, value in other.items():
-        if name not in _NEUTRAL:
-            raise ParameterError(f"{name}: not an argument of this method")
-        neutral = _NEUTRAL[name]
-        if neutral is not None and value not in neutral:
-            raise UnsupportedError(f"{name}: got {value!r}, and hotcold has no such feature; leave it out")
-
-
-@dataclass
-class _Reply:
-    """What both shapes share: one answer, its id and its time."""
-
-    answer: Answer
-    tokenizer: Tokenizer
-    model: str
-    id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def pieces(self) -> Generator[Piece, None, None]:
-        with closing(iter(self.answer)) as pieces:
-            yield from pieces
-
-    def usage(self) -> dict[str, int]:
-        asked, answered = len(self.answer.request.ids), len(self.answer.tokens)
-        return {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered}
-
-    def label(self, id: int) -> str:
-        """A token as text; bytes that are no whole characters in OpenAI's notation: labels stay distinct."""
-        if self.tokenizer.is_control(id):
-            return self.tokenizer.token_text(id)
-        data = self.tokenizer.token_bytes(id)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        if wants_json:
+            name = "response_format"
+            return constraint(self.tokenizer, schema=schema, json_object=schema is None, name=name)
+        given = {name: fields.any(name) for name in ("schema", "regex", "grammar")}
+        return constraint(self.tokenizer, **given)
 
 
-@dataclass
-class _Text(_Reply):
-    before: str = ""
-    echo: bool = False
-    suffix: str = ""
-
-    def envelope(self, text: str, logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
-        choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {
-            "id": f"cmpl-{self.id}",
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": [choice],
-        }
-
-    def whole(self) -> dict[str, Any]:
-        with closing(self.pieces()) as pieces:
-            found = list(pieces)
-        text = "".join(piece.text for piece in found)
-        scores = [score for piece in found for score in piece.scores]
-        text = (self.before if self.echo else "") + text + self.suffix
-        logprobs = self.logprobs(self.answer.prompt_scores if self.echo else [], scores)
-        return {**self.envelope(text, logprobs, self.answer.finish_reason), "usage": self.usage()}
-
-    def chunks(self) -> Generator[dict[str, Any], None, None]:
-        echoed = not self.echo
-        with closing(self.pieces()) as pieces:
-            for piece in pieces:
-                if not echoed:
-                    echoed = True
-                    yield self.envelope(self.before, self.logprobs(self.answer.prompt_scores, []), None)
-                yield self.envelope(piece.text, self.logprobs([], piece.scores), None)
-        if not echoed:
-            yield self.envelope(self.before, self.logprobs(self.answer.prompt_scores, []), None)
-        if self.suffix:
-            yield self.envelope(self.suffix, None, None)
-        yield self.envelope("", None, self.answer.finish_reason)
-
-    def logprobs(self, prompt: Sequence[TokenScore], answer: Sequence[TokenScore]) -> dict[str, Any] | None:
-        if self.answer.request.logprobs is None:
-            return None
-        scores = [*prompt, *answer]
-        tops: list[dict[str, float] | None] = []
-        for s in scores:
-            top = None
-            if s.logprob is not None:
-                top = {self.label(i): logprob for i, logprob in s.top} | {self.label(s.id): s.logprob}
-            tops.append(top)
-        return {
-            "tokens": [self.label(s.id) for s in scores],
-            "text_offset": [s.offset for s in prompt] + [len(self.before) + s.offset for s in answer],
-            "token_logprobs": [s.logprob for s in scores],
-            "top_logprobs": tops,
-        }
+def _check_choices(count: int) -> None:
+    if count > MOST_CHOICES:
+        raise ParameterError(f"n: got {count} answers in all, wanted at most {MOST_CHOICES}")
 
 
-class _Chat(_Reply):
-    def envelope(self, kind: str, choice: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{self.id}",
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": [{"index": 0, **choice}],
-        }
+def _given(value: Any, name: str) -> Any:
+    if value is None:
+        raise ParameterError(f"{name}: got NoneType, wanted a text or a list")
+    return value
 
-    def chunk(self, delta: dict[str, str], logprobs: Any, finish_reason: str | None) -> dict[str, Any]:
-        choice = {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self.envelope("chat.completion.chunk", choice)
 
-    def whole(self) -> dict[str, Any]:
-        with closing(self.pieces()) as pieces:
-            found = list(pieces)
-        message = {"role": "assistant", "content": "".join(piece.text for piece in found)}
-        logprobs = self.logprobs([score for piece in found for score in piece.scores])
-        choice = {"message": message, "logprobs": logprobs, "finish_reason": self.answer.finish_reason}
-        return {**self.envelope("chat.completion", choice), "usage": self.usage()}
-
-    def chunks(self) -> Generator[dict[str, Any], None, None]:
-        with closing(self.pieces()) as pieces:
-            yield self.chunk({"role": "assistant"}, None, None)
-            for piece in pieces:
-                yield self.chunk({"content": piece.text}, self.logprobs(piece.scores), None)
-        yield self.chunk({}, None, self.answer.finish_reason)
-
-    def logprobs(self, scores: Sequence[TokenScore]) -> dict[str, Any] | None:
-        if self.answer.request.logprobs is None:
-            return None
-
-        def entry(id: int, logprob: float | None) -> dict[str, Any]:
-            return {
-                "token": self.label(id),
-                "logprob": logprob,
-                "bytes": list(self.tokenizer.token_bytes(id)),
-            }
-
-        content = [
-            {**entry(s.id, s.logprob), "top_logprobs": [entry(i, logprob) for i, logprob in s.top]} for s in scores
-        ]
-        return {"content": content, "refusal": None}
+def _limit(max_tokens: int | None) -> int:
+    """llama-cpp-python's reading of max_tokens: none or <= 0 is no limit, which requests write as -1."""
+    return -1 if max_tokens is None or check_int("max_tokens", max_tokens) <= 0 else max_tokens

@@ -75,9 +75,9 @@ def constraint(
 ) -> Constraint | None:
     """A constraint of what an answer says, None where nothing is asked; at most one of the four may be.
 
-    schema: a JSON schema (dict or JSON text) or a pydantic model class. regex: in Rust's notation, for the whole answer.
-    grammar: Lark's or llama.cpp's (GBNF) notation. json_object: any JSON object. name: what errors call it. ParameterError
-    for a source that is broken or asks too much, UnsupportedError where llguidance is not installed.
+    schema: a JSON schema (dict or JSON text) or a pydantic model class. regex: in Rust's notation, for the whole
+    answer. grammar: Lark's or llama.cpp's (GBNF) notation. json_object: any JSON object. name: what errors call it.
+    ParameterError for a source that is broken or asks too much, UnsupportedError where llguidance is not installed.
     """
     given = [key for key, value in (("schema", schema), ("regex", regex), ("grammar", grammar)) if value is not None]
     given += ["json_object"] * bool(json_object)

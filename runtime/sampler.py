@@ -29,11 +29,15 @@ _METADATA_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repe
 
 def check_number(name: str, value: object, low: float, high: float = math.inf) -> float:
     """A finite real number in [low, high], as float; ParameterError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
-        raise ParameterError(f"{name}: got {value!r}, wanted a finite number")
-    if not low <= float(value) <= high:
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ParameterError(f"{name}: got {value!r:.60}, wanted a finite number")
+    if not low <= number <= high:
         raise ParameterError(f"{name}: got {value}, wanted {low:g} to {high:g}")
-    return float(value)
+    return number
 
 
 def check_ids(ids: object, n_vocab: int) -> list[int]:
@@ -56,7 +60,7 @@ def check_ids(ids: object, n_vocab: int) -> list[int]:
 def check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """An integer in [low, high] (None = no bound), as int; ParameterError otherwise."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ParameterError(f"{name}: got {value!r}, wanted an integer")
+        raise ParameterError(f"{name}: got {value!r:.60}, wanted an integer")
     number = int(value)
     if (low is not None and number < low) or (high is not None and number > high):
         bounds = f"at least {low}" if high is None else f"{low} to {high}"
@@ -134,9 +138,9 @@ def _checked_bias(bias: object) -> dict[int, float]:
     checked = {}
     for key, value in bias.items():
         # OpenAI requests come as JSON, whose keys are strings
-        token = int(key) if isinstance(key, str) and key.isdecimal() else key
+        token = int(key) if isinstance(key, str) and key.isdecimal() and len(key) < 20 else key
         token = check_int("logit_bias token id", token, 0)
-        banned = isinstance(value, Real) and float(value) == -math.inf
+        banned = isinstance(value, Real) and value == -math.inf
         checked[token] = -math.inf if banned else check_number(f"logit_bias[{token}]", value, -1e30, 1e30)
     return checked
 

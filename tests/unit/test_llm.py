@@ -162,7 +162,8 @@ def test_the_context_ends_an_answer_and_refuses_a_prompt() -> None:
     llm = make(n_ctx=20)
     reply = llm.create_completion("12345", max_tokens=None)
     assert reply["choices"][0]["finish_reason"] == "length"
-    assert reply["usage"] == {"prompt_tokens": 6, "completion_tokens": 14, "total_tokens": 20}
+    counts = {"prompt_tokens": 6, "completion_tokens": 14, "total_tokens": 20}
+    assert reply["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
     assert len(list(llm.create_completion("x" * 18, max_tokens=9, stream=True))) >= 1
     with pytest.raises(ContextLengthError, match="got 20 tokens.*n_ctx = 20.*larger n_ctx"):
         llm.generate("x" * 19)
