@@ -17,7 +17,7 @@ from .failures import as_api_error, shutting_down
 from .service import Service, report
 
 if TYPE_CHECKING:
-    from .interim import Reply
+    from ..replies import Reply
 
 T = TypeVar("T")
 Encode = Callable[[AsyncIterator[dict[str, Any]]], AsyncGenerator[bytes, None]]
