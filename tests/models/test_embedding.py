@@ -201,3 +201,23 @@ def test_streams_go_on_between_its_steps(tiny_model: Callable[..., Path]) -> Non
         assert len(found) == 3
         for array in found:
             np.testing.assert_array_equal(array, alone)
+
+
+def test_it_takes_no_room_from_answers(tiny_model: Callable[..., Path]) -> None:
+    """A stream whose context fills up and texts as long as the context: both are finished, in the cache of one."""
+    with LLM(tiny_model(), n_ctx=64, n_threads=2) as llm:
+        wanted = llm.generate(IDS[:20], max_tokens=None, temperature=0)
+        alone = llm.embed([IDS[:64], IDS[64:128]]).array
+        stream = llm.stream(IDS[:20], max_tokens=None, temperature=0)
+        said = []
+        for piece in stream:
+            said.append(piece)
+            np.testing.assert_array_equal(llm.embed([IDS[:64], IDS[64:128]]).array, alone)
+        assert "".join(said) == wanted
+        assert llm.stats().reused_tokens > 0  # what the cache had is there still
+        guest, most = llm.engine.new_sequence(guest=True), llm.engine.cache.n_spare
+        guest.reserve(64)
+        assert llm.engine.cache.n_used >= 2 and most == 3
+        with pytest.raises(ContextLengthError, match="KV cache is full: all 96 tokens"):
+            llm.engine.new_sequence(guest=True).reserve(64)
+        guest.close()
