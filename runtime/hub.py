@@ -37,6 +37,20 @@ def cached(cache: Path, repo: str, file: str | None, quant: str | None) -> Path 
     return path if path.is_file() else None
 
 
+def references(cache: Path) -> list[str]:
+    """hf: references of all model files in the hub cache folder `cache`; reads the folder only."""
+    found = []
+    for folder in cache.glob("models--*--*"):
+        try:
+            snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text(encoding="ascii").strip()
+            names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf") if path.is_file()]
+        except (OSError, ValueError):
+            continue
+        repo = folder.name.removeprefix("models--").replace("--", "/", 1)
+        found += [f"hf:{repo}/{name}" for name in names if _is_model(name) and not SPLIT_FILE.search(name)]
+    return sorted(found)
+
+
 def choose(names: list[str], repo: str, quant: str | None) -> str:
     """The one name of a model in that quantisation (any case; None = the only model there is).
 

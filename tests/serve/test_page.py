@@ -100,6 +100,26 @@ def test_scripts_find_what_they_look_for(elements: Elements) -> None:
     assert {f"i-{name}" for name in re.findall(r'icon(?:Button)?\("(\w+)"', scripts)} <= ids
 
 
+def test_server_sends_them() -> None:
+    """Each file under its name, the page itself at /, with types and a policy that let browsers run them."""
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from hotcold.runtime.server.page import add_page
+
+    app = FastAPI()
+    assert add_page(app) == {"/", *(f"/{path.name}" for path in SOURCES if path.name != "index.html")}
+    client = TestClient(app)
+    kinds = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+    for path in SOURCES:
+        found = client.get("/" if path.name == "index.html" else f"/{path.name}")
+        assert found.status_code == 200 and found.content == path.read_bytes()
+        assert found.headers["content-type"].split(";")[0] == kinds[path.suffix]
+        policy = dict(part.split(maxsplit=1) for part in found.headers["content-security-policy"].split("; "))
+        assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+
+
 # ---- Markdown
 
 

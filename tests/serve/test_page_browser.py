@@ -7,22 +7,17 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import Page, find_chromium, open_browser
 from page_server import PageServer, Reply, serve
 
-CLONE = Path(__file__).parents[2]
-FOLDER = CLONE / "runtime" / "server" / "page"
+from hotcold.runtime.server.page import FOLDER, HEADERS
+
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-# what the server sends with the page
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+POLICY = HEADERS["Content-Security-Policy"]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +142,14 @@ def test_hostile_text_stays_text(page: Page, server: PageServer) -> None:
         assert link == ["https:", "noopener noreferrer nofollow", "_blank"]
     assert '<img src=x onerror="window.hacked=1">' in shown(page, ".assistant .body")
     assert page.run("window.hacked ?? null") is None
+
+
+def test_again_needs_valid_settings(page: Page, server: PageServer) -> None:
+    say(page, "Hi")
+    page.run("document.getElementById('p-seed').value = '-3'")
+    click(page, ".assistant button[aria-label='Answer again']")
+    assert page.run("document.activeElement.id") == "p-seed"
+    assert "Hello" in shown(page) and len(server.asked) == 1
 
 
 def test_again_and_edit(page: Page, server: PageServer) -> None:

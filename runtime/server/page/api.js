@@ -82,7 +82,8 @@ export async function answer(body, signal, onText) {
     }
   }
   if (!done && finish === null) throw new ApiError(LOST);
-  return { finish, tokens, seconds: first === null ? 0 : (last - first) / 1000, wait: ((first ?? last) - asked) / 1000 };
+  first ??= last;
+  return { finish, tokens, seconds: (last - first) / 1000, wait: (first - asked) / 1000 };
 }
 
 /** The data of each server-sent event of a body: https://html.spec.whatwg.org/multipage/server-sent-events.html */

@@ -36,7 +36,7 @@ function noteOf({ tokens, seconds, wait, finish, model }) {
   if (finish === "lost") parts.push("broke off");
   return element("span", [parts.join(" · ")], {
     className: "note",
-    title: wait === undefined ? "" : `first token after ${wait.toFixed(2)} s`,
+    title: wait === undefined ? "" : `first token after ${Number(wait).toFixed(2)} s`,
   });
 }
 
@@ -44,7 +44,8 @@ function messageNode(message) {
   let node = nodes.get(message);
   if (!node) {
     const name = element("h2", [message.role === "user" ? "You" : "Answer"], { className: "hidden" });
-    node = element("article", [name, element("div", [], { className: "body" }), element("footer")], { className: message.role });
+    const parts = [name, element("div", [], { className: "body" }), element("footer")];
+    node = element("article", parts, { className: message.role });
     nodes.set(message, node);
     drawBody(message);
   }
@@ -136,7 +137,7 @@ function show(conversation) {
   if (location.hash !== hash) history.pushState(null, "", hash || location.pathname + location.search);
   draw();
   drawList();
-  input.focus();
+  if (matchMedia("(pointer: fine)").matches) input.focus(); // elsewhere it would bring up a keyboard
 }
 
 function showAddressed() {
@@ -160,11 +161,10 @@ function requestOf(conversation) {
     if (messages.at(-1)?.role === role) messages.at(-1).content += `\n\n${content}`;
     else if (content) messages.push({ role, content });
   }
-  return { model: $("model").value, messages, ...sampling };
+  return { model: $("model").value || undefined, messages, ...sampling };
 }
 
 async function run(conversation) {
-  if (runs.has(conversation.id) || !settingsAreValid()) return;
   const asked = requestOf(conversation);
   const message = { role: "assistant", content: "" };
   const writing = { conversation, message, controller: new AbortController(), waiting: "" };
@@ -190,7 +190,7 @@ async function run(conversation) {
   }
   runs.delete(conversation.id);
   if (!message.content) conversation.messages.pop();
-  else drawBody(message);
+  else if (nodes.has(message)) drawBody(message);
   conversation.changed = Date.now();
   if (conversations().some((kept) => kept.id === conversation.id) && !keep(conversation)) {
     status("This browser has no room to keep the conversation");
@@ -237,11 +237,8 @@ async function answerWithPatience(asked, writing) {
 
 function pause(ms, signal) {
   return new Promise((resolve, reject) => {
-    const timer = setTimeout(resolve, ms);
-    signal.addEventListener("abort", () => {
-      clearTimeout(timer);
-      reject(signal.reason);
-    });
+    setTimeout(resolve, ms);
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
   });
 }
 
@@ -255,6 +252,7 @@ function send(text) {
 }
 
 function again() {
+  if (runs.has(current.id) || !settingsAreValid()) return;
   if (current.messages.at(-1)?.role === "assistant") current.messages.pop();
   run(current);
 }
@@ -284,7 +282,8 @@ function editor(message) {
   const field = element("textarea", [], { value: message.content, rows: 1 });
   field.setAttribute("aria-label", "Edit the message");
   const cancel = element("button", ["Cancel"], { type: "button" });
-  const form = element("form", [field, element("div", [cancel, element("button", ["Send"], { className: "strong" })], { className: "row" })]);
+  const buttons = element("div", [cancel, element("button", ["Send"], { className: "strong" })], { className: "row" });
+  const form = element("form", [field, buttons]);
   cancel.addEventListener("click", stopEditing);
   sendsOnEnter(field, form);
   field.addEventListener("keydown", (event) => event.key === "Escape" && stopEditing());
@@ -307,8 +306,8 @@ function fit(field) {
 function sendsOnEnter(field, form) {
   field.addEventListener("input", () => fit(field));
   field.addEventListener("keydown", (event) => {
-    // Enter also confirms what an input method offers
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    // Enter also confirms what an input method offers; 229 is how Safari says so
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     form.requestSubmit();
   });
@@ -329,9 +328,10 @@ async function findModels() {
     picker.disabled = ids.length === 0;
   } catch (error) {
     if (error.status === 401) return (await askForKey()) ? findModels() : undefined;
-    picker.replaceChildren(element("option", [error.status === 503 ? "Loading the model…" : "No server"], { value: "" }));
+    const loading = error.status === 503;
+    picker.replaceChildren(element("option", [loading ? "Loading the model…" : "No server"], { value: "" }));
     picker.disabled = true;
-    looking = setTimeout(findModels, error.status === 503 ? 1000 : 3000);
+    looking = setTimeout(findModels, loading ? 1000 : 3000);
   }
 }
 

@@ -104,7 +104,8 @@ function blockNode(block) {
 function codeNode({ lang, text }) {
   const button = element("button", ["Copy"], { type: "button", className: "copy-code" });
   const head = element("div", [element("span", [lang || "text"]), button], { className: "code-head" });
-  const node = element("div", [head, element("pre", [element("code", [text])], { tabIndex: 0 })], { className: "code" });
+  const body = element("pre", [element("code", [text])], { tabIndex: 0 }); // focusable, to be scrolled with keys
+  const node = element("div", [head, body], { className: "code" });
   node.dataset.lang = lang;
   return node;
 }
@@ -123,6 +124,7 @@ function inlineNodes(nodes) {
     if (node.type === "code") return element("code", [node.text]);
     const children = inlineNodes(node.inline);
     if (node.type !== "a") return element(node.type, children);
-    return element("a", children, { href: node.href, title: node.href, target: "_blank", rel: "noopener noreferrer nofollow" });
+    const rel = "noopener noreferrer nofollow";
+    return element("a", children, { href: node.href, title: node.href, target: "_blank", rel });
   });
 }

@@ -44,21 +44,19 @@ function keep() {
 /** Ask for the API key; resolves to whether one was given. */
 export function askForKey() {
   const dialog = $("ask-key");
-  if (dialog.open) return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok"), { once: true }));
-  $("ask-key-why").hidden = !apiKey.get();
-  $("asked-key").value = "";
-  dialog.returnValue = "";
-  dialog.showModal();
+  if (!dialog.open) {
+    $("ask-key-why").hidden = !apiKey.get();
+    $("asked-key").value = "";
+    dialog.returnValue = "";
+    dialog.showModal();
+  }
   return new Promise((resolve) => {
-    dialog.addEventListener(
-      "close",
-      () => {
-        const given = dialog.returnValue === "ok";
-        if (given) apiKey.set($("asked-key").value.trim());
-        resolve(given);
-      },
-      { once: true },
-    );
+    const closed = () => {
+      const given = dialog.returnValue === "ok";
+      if (given) apiKey.set($("asked-key").value.trim());
+      resolve(given);
+    };
+    dialog.addEventListener("close", closed, { once: true });
   });
 }
 
