@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.errors import ClosedError, ContextLengthError, ParameterError, UnsupportedError
+from ..formats.errors import ClosedError, ContextLengthError, HotcoldError, ParameterError, UnsupportedError
 from .cpu.layout import KV_BLOCK
 from .sampler import check_ids
 
@@ -93,6 +93,8 @@ def embed(
             for text in left:
                 text.close()
         raise
+    if not np.isfinite(array).all():
+        raise HotcoldError("embeddings: got NaN or infinite values, wanted finite ones; the model file is broken")
     if normalize:
         lengths = np.linalg.norm(array, axis=1, keepdims=True)
         array /= np.where(lengths > 0, lengths, 1)

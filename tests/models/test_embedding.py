@@ -11,11 +11,12 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
+from adapters import merged
 from families import BY_NAME, FAMILIES, relative_error
 
 from hotcold import LLM, Engine, GGUFFile
 from hotcold.formats.config import ModelConfig
-from hotcold.formats.errors import ClosedError, ContextLengthError, ParameterError, UnsupportedError
+from hotcold.formats.errors import ClosedError, ContextLengthError, HotcoldError, ParameterError, UnsupportedError
 from hotcold.runtime import embedding
 
 IDS = [(7 * i + 3) % 290 for i in range(600)]
@@ -221,3 +222,11 @@ def test_it_takes_no_room_from_answers(tiny_model: Callable[..., Path]) -> None:
         with pytest.raises(ContextLengthError, match="KV cache is full: all 96 tokens"):
             llm.engine.new_sequence(guest=True).reserve(64)
         guest.close()
+
+
+def test_a_broken_model_is_an_error(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    broken = merged(tiny_model(), tmp_path / "broken.gguf", ({"output_norm.weight": np.full(64, np.nan)}, 1.0))
+    with LLM(broken, n_ctx=64, n_threads=2) as llm:
+        with pytest.raises(HotcoldError, match="embeddings: got NaN"):
+            llm.embed("the cat")
+        assert llm.engine.cache.n_used == 0
