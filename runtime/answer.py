@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -109,12 +110,14 @@ class Answer:
         self._job: Job | None = None
         self._waker: tuple[asyncio.AbstractEventLoop, Callable[[], None]] | None = None
         self._usage: Usage | None = None
+        self._asked = 0.0
 
     # --- its reader ---
 
     def start(self) -> None:
         """Queue it, if it is not yet; BusyError where too many wait, ClosedError after close()."""
         if self._job is None and not self.ended:
+            self._asked = perf_counter()
             self._job = self._scheduler.submit(self)
 
     def __iter__(self) -> Generator[Piece, None, None]:
@@ -177,6 +180,11 @@ class Answer:
         return self.ended or bool(self._pieces)
 
     @property
+    def waits(self) -> bool:
+        """Whether it has been queued and had no place yet."""
+        return self._job is not None and self._job.sequence is None and not self.tokens
+
+    @property
     def room(self) -> bool:
         """Whether it can go on."""
         return not self.ended and len(self._pieces) < UNREAD
@@ -224,6 +232,7 @@ class Answer:
                 return self._finish("stop")
             self.tokens.append(token)
             self.ids.append(token)
+            self.stats.first_s = self.stats.first_s or perf_counter() - self._asked
             self.stats.decode_tokens = len(self.tokens)
             self._cut(token, logits)
             if self._matcher.stopped:
@@ -255,6 +264,7 @@ class Answer:
 
     def _end(self) -> None:
         self.stats.context_used = len(self.ids)
+        self.stats.total_s = perf_counter() - self._asked
         if self._usage is not None:
             with suppress(Exception):  # the engine may be closed
                 self.stats.usage = self._scheduler.engine.usage - self._usage

@@ -68,16 +68,19 @@ def embed(
     pooling: str,
     normalize: bool,
     turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> Embeddings:
     """The embeddings of texts as token ids, each from position 0 on; several short ones share a step.
 
-    turn: held around every step of at most STEP tokens. normalize: to length 1 (a zero vector stays). Errors as of
-    Engine.embed.
+    turn: held around every step of at most STEP tokens; wanted: asked before each, ClosedError once it says no.
+    normalize: to length 1 (a zero vector stays). Errors as of Engine.embed.
     """
     array = np.zeros((len(texts), engine.config.n_embd), np.float32)
     left = deque(_Text(index, np.asarray(ids)) for index, ids in enumerate(texts))
     try:
         while left:
+            if not wanted():
+                raise ClosedError("embeddings: nobody wants them any more")
             with turn():
                 batch = _fill(engine, left)
                 rows = engine.embed_batch([(text.sequence, part) for text, part in batch])
@@ -170,11 +173,18 @@ class Embedder:
     tokenizer: Tokenizer
     embedding: Turn  # of those who want embeddings: the cache has room for one of them
 
-    def embed(self, input: Input, pooling: str | None = None, normalize: bool = True) -> Embeddings:
+    def embed(
+        self,
+        input: Input,
+        pooling: str | None = None,
+        normalize: bool = True,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> Embeddings:
         """The embeddings of one text or several, as texts or as token ids; answers go on between its steps.
 
         pooling: mean, cls (the first token) or last; None: the model's own. normalize: to length 1. Texts are tokenized
         with the BOS and EOS that the model wants. ParameterError for an empty text, ContextLengthError for a long one.
+        wanted: asked before every step; once it says no, ClosedError.
         """
         chosen, left = check_pooling(pooling, self.config), deque(self._texts(input))
         found = []
@@ -183,7 +193,7 @@ class Embedder:
             while left and sum(map(len, texts)) + len(left[0]) <= ROUND:
                 texts.append(left.popleft())
             with self.embedding:
-                found.append(embed(self.engine, texts, chosen, normalize, self.scheduler.exclusive))
+                found.append(embed(self.engine, texts, chosen, normalize, self.scheduler.exclusive, wanted))
         return Embeddings(np.concatenate([one.array for one in found]), sum((one.n_tokens for one in found), ()))
 
     def create_embedding(self, input: Input, model: str | None = None) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Stats:
     context_used: int = 0
     n_ctx: int = 0
     reused_tokens: int = 0
+    first_s: float = 0.0  # from the question to the first token, waiting included
+    total_s: float = 0.0  # and to the end
     guessed_tokens: int = 0  # by prompt lookup, of which right_guesses saved a step each
     right_guesses: int = 0
     usage: Usage | None = None  # of the FFNs, while the answer's tokens were evaluated one by one

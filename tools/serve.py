@@ -90,7 +90,7 @@ def serve(
 
     settings = Settings(
         host=host, port=port, api_keys=keys(api_key or [], api_key_file), cors=tuple(cors or ()),
-        insecure=insecure, grace=grace, verbose=verbose,
+        insecure=insecure, grace=grace, verbose=verbose, n_queue=queue,
     )  # fmt: skip
     serve(
         {name: loader(model) for name, model in zip(names(models, alias or []), models, strict=True)},

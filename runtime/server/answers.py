@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,42 +43,77 @@ async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes,
 
 
 class Answering(Response):
-    """Sends one started Reply; closes it when it ends, when the client leaves, when the grace time is over."""
+    """On its way to a client, until it is complete, the client leaves, or the server cannot wait for it any longer."""
 
-    def __init__(self, service: Service, model: str, reply: Reply) -> None:
-        self.service, self.model, self.reply = service, model, reply
-        self.background = None
+    def __init__(self, service: Service) -> None:
+        self.service, self.background = service, None
+        self.ended = asyncio.Event()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self.send(scope, receive, send)
-        except ClientDisconnect:
-            pass  # nobody is left to be told
-        finally:
-            self.reply.close()
-            self.service.metrics.answered(self.model, self.reply)
+    @property
+    def waits(self) -> bool:
+        """Whether nothing has been done for it yet."""
+        return False
 
-    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def end(self) -> None:
+        """End it: the server shuts down."""
+        self.ended.set()
+
+    def close(self) -> None:
+        """Let go what was done for it."""
+
+    async def send(self, receive: Receive, send: Send) -> None:
         """Send it."""
         raise NotImplementedError
 
-    async def while_wanted(self, work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.service.live.add(self)
+        try:
+            if self.service.over or (self.service.stopping and self.waits):
+                self.end()
+            await self.send(receive, send)
+        except ClientDisconnect:
+            pass  # nobody is left to be told
+        finally:
+            self.service.live.discard(self)
+            self.close()
+
+    async def while_wanted(self, work: Awaitable[T], receive: Receive) -> T:
         """What `work` returns; ClientDisconnect, or APIError 503, when one side no longer wants to wait."""
         task = asyncio.ensure_future(work)
-        gone, over = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(self.service.over.wait())
+        gone, ended = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(self.ended.wait())
         try:
-            await asyncio.wait((task, gone, over), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((task, gone, ended), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             raise ClientDisconnect if gone.done() else shutting_down()
         finally:
-            for one in (task, gone, over):
+            for one in (task, gone, ended):
                 one.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
 
 
-class Whole(Answering):
+class OfReply(Answering):
+    """What comes of one started Reply."""
+
+    def __init__(self, service: Service, model: str, reply: Reply) -> None:
+        super().__init__(service)
+        self.model, self.reply = model, reply
+
+    @property
+    def waits(self) -> bool:
+        """Whether all its answers are in the queue."""
+        return all(choice.answer.waits for choice in self.reply.choices)
+
+    def close(self) -> None:
+        """Free its places at once."""
+        ran = [choice.answer for choice in self.reply.choices if not choice.answer.waits]
+        self.reply.close()
+        for answer in ran:
+            self.service.metrics.answered(self.model, answer.stats)
+
+
+class Whole(OfReply):
     """The reply as one JSON object; `shape` makes it of the completion."""
 
     def __init__(
@@ -87,19 +122,19 @@ class Whole(Answering):
         super().__init__(service, model, reply)
         self.shape = shape
 
-    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, receive: Receive, send: Send) -> None:
         found = await self.while_wanted(self.reply.awhole(), receive)
-        await JSONResponse(self.shape(found))(scope, receive, send)
+        await send_json(self.shape(found), send)
 
 
-class Stream(Answering):
+class Stream(OfReply):
     """The reply as server-sent events; an error before the first is an HTTP status, later it is an event."""
 
     def __init__(self, service: Service, model: str, reply: Reply, encode: Encode = events) -> None:
         super().__init__(service, model, reply)
         self.encode = encode
 
-    async def send(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, receive: Receive, send: Send) -> None:
         self.started, self.sending, self.latest, self.put = False, False, time.monotonic(), send
         beat = asyncio.ensure_future(self._beat())
         try:
@@ -139,6 +174,13 @@ class Stream(Answering):
             await self.put({"type": "http.response.body", "body": data, "more_body": more})
         finally:
             self.sending, self.latest = False, time.monotonic()
+
+
+async def send_json(data: Any, send: Send) -> None:
+    """Status 200 and JSON; large data is encoded beside the event loop."""
+    response = await asyncio.to_thread(JSONResponse, data)
+    await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})
 
 
 async def _gone(receive: Receive) -> None:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from ... import __version__
 from ...formats.errors import HotcoldError
-from . import bodies, interim, metrics, responses, schemas, shapes, small
+from . import bodies, metrics, responses, schemas, shapes, small
 from .answers import Stream, Whole
 from .failures import APIError, as_api_error, unknown_model
 from .gate import GONE, Gate
@@ -61,7 +61,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         body, given = await bodies.receive(request, schemas.ChatRequest, limit)
         model, llm = service.pick(body.model)
-        reply = await asyncio.to_thread(interim.open_chat, llm, **{**given, "model": model})
+        reply = await asyncio.to_thread(llm.open_chat, **{**given, "model": model})
         reply.start()
         return (Stream if body.stream else Whole)(service, model, reply)
 
@@ -70,7 +70,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Continue a prompt."""
         body, given = await bodies.receive(request, schemas.CompletionRequest, limit)
         model, llm = service.pick(body.model)
-        reply = await asyncio.to_thread(interim.open_completion, llm, **{**given, "model": model})
+        reply = await asyncio.to_thread(llm.open_completion, **{**given, "model": model})
         reply.start()
         return (Stream if body.stream else Whole)(service, model, reply)
 
@@ -82,7 +82,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         wanted = {**responses.chat_request(given), "model": model}
         if body.stream:
             wanted |= {"stream": True, "stream_options": {"include_usage": True}}
-        reply = await asyncio.to_thread(interim.open_chat, llm, **wanted)
+        reply = await asyncio.to_thread(llm.open_chat, **wanted)
         reply.start()
         response = responses.Response(given, model, reply.created)
         if body.stream:
@@ -92,12 +92,10 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", **_documented(schemas.EmbeddingRequest, shapes.Embeddings))
     async def embed(request: Request) -> Response:
         """Embed texts."""
-        body, _ = await bodies.receive(request, schemas.EmbeddingRequest, limit)
+        body, given = await bodies.receive(request, schemas.EmbeddingRequest, limit)
         model, llm = service.pick(body.model)
         small.check_dimensions(body.dimensions, llm.config.n_embd)
-        rows, counts = await asyncio.to_thread(interim.embed, llm, small.texts_of(body.input))
-        found = small.embeddings(model, rows, sum(counts), body.encoding_format == "base64")
-        return JSONResponse(found)
+        return small.Embedding(service, model, llm, given)
 
 
 def _add_small(app: FastAPI, service: Service) -> None:
@@ -155,8 +153,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
             return Response(status_code=204, headers=error.headers)
     else:
         failed = as_api_error(error)
-        if failed.status == 500 and isinstance(error, HotcoldError):
-            report(error)  # those that are no HotcoldError are reported by the gate
+        if failed.status == 500:
+            report(error)
     return JSONResponse(failed.body(), failed.status, failed.headers)
 
 

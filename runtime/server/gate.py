@@ -46,8 +46,8 @@ class Gate:
             else:
                 await self.app(scope, receive, watched)
         except Exception as error:
-            report(error)
-            if not status:  # else it is told already; what was sent ends here
+            if not status:  # else it is told and reported already
+                report(error)
                 failed = as_api_error(error)
                 await JSONResponse(failed.body(), failed.status, failed.headers)(scope, receive, watched)
         finally:

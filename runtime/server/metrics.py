@@ -10,6 +10,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 if TYPE_CHECKING:
     from ..llm import LLM
+    from ..stats import Stats
 
 LEVELS: dict[str, tuple[str, Callable[[LLM], int]]] = {
     "running": ("Answers that are being computed.", lambda llm: len(llm.scheduler.running)),
@@ -48,8 +49,19 @@ class Metrics:
         )
         registry.register(_Levels(models))
 
-    def answered(self, model: str, reply: object) -> None:
-        """Count a reply that has ended."""
+    def answered(self, model: str, stats: Stats) -> None:
+        """Count an answer that has ended."""
+        self.prompt_tokens.labels(model).inc(stats.prompt_tokens)
+        self.cached_tokens.labels(model).inc(stats.reused_tokens)
+        self.generated_tokens.labels(model).inc(stats.decode_tokens)
+        if stats.decode_tokens:
+            self.first_token.labels(model).observe(stats.first_s)
+        if stats.decode_tokens > 1 and stats.total_s:
+            self.each_token.labels(model).observe((stats.total_s - stats.first_s) / (stats.decode_tokens - 1))
+
+    def embedded(self, model: str, n_tokens: int) -> None:
+        """Count texts that were embedded."""
+        self.prompt_tokens.labels(model).inc(n_tokens)
 
     def text(self) -> bytes:
         """Prometheus's text format."""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_N = 128  # answers to one request
 MAX_STOPS = 32
 MAX_INPUTS = 2048  # texts in one request for embeddings, as OpenAI has it
 MAX_BIASES = 4096
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+
+def _few(biases: Any) -> Any:
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:  # before each of them is checked, and complained of
+        raise ValueError(f"got {len(biases)} entries, wanted at most {MAX_BIASES}")
+    return biases
+
+
+
 Text = Annotated[str, Field(min_length=1)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 # fail_fast: the first wrong item ends the check, so a list of a million wrong ones costs no million errors
@@ -20,6 +27,11 @@ Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS, fail_fas
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 Inputs = Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)]
 Stops = Annotated[list[Text], Field(max_length=MAX_STOPS, fail_fast=True)]
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-1000, le=1000)]],
+    BeforeValidator(_few),
+    Field(max_length=MAX_BIASES),
+]
 JSONObject = dict[str, Any]
 
 
@@ -42,15 +54,15 @@ class Sampling(Schema):
     repeat_last_n: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-1000, le=1000)]] | None = Field(
-        None, max_length=MAX_BIASES, description="Token id (a decimal number as text) -> what is added to its score."
-    )
+    logit_bias: Biases | None = Field(None, description="Token id (as text) -> what is added to its score.")
     seed: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
     stop: Text | Stops | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    grammar: str | None = Field(None, description="What the answer must follow, in GBNF or Lark; regex: likewise.")
+    regex: str | None = None
     user: str | None = None
 
 

@@ -10,8 +10,9 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ...formats.errors import HotcoldError
 from .failures import RETRY_S, APIError, shutting_down, unknown_model
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 MIB = 1 << 20
+EMBEDDING = 4  # requests for embeddings at work at once, which take turns
+
+
+class Ending(Protocol):
+    """Something on its way to a client, that can be ended."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing has been done for it yet."""
+
+    def end(self) -> None:
+        """End it, and say why."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Settings:
     grace: float = 30.0
     verbose: bool = False
     max_body: int = 16 * MIB
+    n_queue: int = 64  # requests for embeddings that may wait; answers wait in their model's queue
     keep_alive: float = 5.0  # a stream that has nothing to say says so this often
     write_timeout: float = 60.0  # how long a client may read nothing of what waits for it
 
@@ -49,7 +63,9 @@ class Service:
         self.names, self.settings = list(names), settings
         self.models: dict[str, LLM] = {}
         self.created = int(time.time())
-        self.stopping, self.over = asyncio.Event(), asyncio.Event()
+        self.stopping = self.over = False
+        self.live: set[Ending] = set()
+        self.embedding, self.n_embedding = ThreadPoolExecutor(EMBEDDING, "hotcold-embed"), 0
         self.metrics = Metrics(self.models)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
@@ -60,7 +76,7 @@ class Service:
     @property
     def status(self) -> str:
         """loading, ok or stopping."""
-        if self.stopping.is_set():
+        if self.stopping:
             return "stopping"
         return "ok" if len(self.models) == len(self.names) else "loading"
 
@@ -88,9 +104,17 @@ class Service:
         return sum(hmac.compare_digest(given, wanted) for wanted in self._keys) > 0
 
     def stop(self) -> None:
-        """Take nothing more; what runs has the grace time."""
-        self.stopping.set()
-        asyncio.get_running_loop().call_later(self.settings.grace, self.over.set)
+        """Take nothing more, and end what waits; what runs has the grace time."""
+        self.stopping = True
+        for one in list(self.live):
+            if one.waits:
+                one.end()
+        asyncio.get_running_loop().call_later(self.settings.grace, self._end)
+
+    def _end(self) -> None:
+        self.over = True
+        for one in list(self.live):
+            one.end()
 
 
 def log(line: str) -> None:

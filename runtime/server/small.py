@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from starlette.types import Receive, Send
 
+from ...formats.errors import BusyError
 from ...formats.tokenizer import Tokenizer
+from .answers import Answering, send_json
 from .failures import APIError
+from .service import Service
 
 if TYPE_CHECKING:
+    from ..embedding import Embeddings
     from ..llm import LLM
 
 
@@ -38,11 +44,6 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
-def texts_of(given: str | list[Any]) -> list[Any]:
-    """The texts (or lists of token ids) that a request's `input` or `prompt` means."""
-    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
-
-
 def check_dimensions(wanted: int | None, n_embd: int) -> None:
     """APIError 400 for other dimensions than the model's: cut embeddings mean something only where so trained."""
     if wanted not in (None, n_embd):
@@ -58,3 +59,37 @@ def embeddings(model: str, rows: NDArray[np.float32], n_tokens: int, as_base64: 
         data.append({"object": "embedding", "index": index, "embedding": value})
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+class Embedding(Answering):
+    """Embeddings on their way to a client, computed between the steps of the answers."""
+
+    def __init__(self, service: Service, model: str, llm: LLM, given: dict[str, Any]) -> None:
+        super().__init__(service)
+        self.model, self.llm, self.given = model, llm, given
+        self.begun = self.closed = False
+        if service.n_embedding >= service.settings.n_queue:
+            raise BusyError(f"{service.n_embedding} requests for embeddings wait, which is the most; ask again later")
+        service.n_embedding += 1
+
+    @property
+    def waits(self) -> bool:
+        """Whether others are before it."""
+        return not self.begun
+
+    def close(self) -> None:
+        """Stop after the step in progress."""
+        self.closed = True
+        self.service.n_embedding -= 1
+
+    async def send(self, receive: Receive, send: Send) -> None:
+        work = asyncio.get_running_loop().run_in_executor(self.service.embedding, self._embed)
+        found = await self.while_wanted(work, receive)
+        as_base64 = self.given.get("encoding_format") == "base64"
+        data = embeddings(self.model, found.array, sum(found.n_tokens), as_base64)
+        self.service.metrics.embedded(self.model, data["usage"]["prompt_tokens"])
+        await send_json(data, send)
+
+    def _embed(self) -> Embeddings:
+        self.begun = True
+        return self.llm.embed(self.given["input"], wanted=lambda: not self.closed)
