@@ -1,0 +1,165 @@
+"""The official openai client: each class of error, in OpenAI's shape, and no 5xx for what a client did."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from serve_http import Exchange
+from serve_process import KEY, Served
+
+ASK: list[Any] = [{"role": "user", "content": "hello"}]
+NO_END = {"2": -100, "0": -100, "1": -100}
+
+
+def shaped(error: openai.APIStatusError) -> Any:
+    """The error object, after a look at its shape: message, type, param, code."""
+    body: Any = error.body
+    assert isinstance(body, dict) and set(body) >= {"message", "type", "param", "code"}, error.response.text
+    assert isinstance(body["message"], str) and body["message"] and isinstance(body["type"], str)
+    assert "Traceback" not in body["message"] and "/" not in (body["code"] or "")
+    return body
+
+
+@pytest.mark.parametrize("key", ["sk-wrong", "", KEY + "x", KEY[:-1], "ключ".encode().decode("latin-1")])
+def test_wrong_key(server: Served, key: str) -> None:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=key or " ", max_retries=0) as wrong:
+        calls: list[Callable[[], object]] = [
+            wrong.models.list,
+            lambda: wrong.chat.completions.create(model="any", messages=ASK),
+            lambda: wrong.embeddings.create(model="any", input="x"),
+            lambda: wrong.responses.create(model="any", input="x"),
+        ]
+        for call in calls:
+            with pytest.raises(openai.AuthenticationError) as raised:
+                call()
+            assert shaped(raised.value)["code"] == "invalid_api_key"
+            assert KEY not in raised.value.response.text
+
+
+def test_no_key(server: Served) -> None:
+    for path in ("/v1/models", "/v1/chat/completions", "/tokenize", "/metrics"):
+        exchange = asyncio.run(_status(server, path))
+        assert exchange == 401, path
+    assert asyncio.run(_status(server, "/health")) == 200  # what a load balancer asks
+
+
+async def _status(server: Served, path: str) -> int:
+    found = await Exchange.open(server.url, path, None if "chat" not in path else {})
+    await found.close()
+    return found.status
+
+
+def test_unknown_model(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.chat.completions.create(model="no-such-model", messages=ASK)
+    assert shaped(raised.value)["code"] == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("no-such-model")
+
+
+def test_context_length(client: openai.OpenAI, model: str) -> None:
+    long = "the cat " * 3000
+    calls: list[Callable[[], object]] = [
+        lambda: client.chat.completions.create(model=model, messages=[{"role": "user", "content": long}]),
+        lambda: client.chat.completions.create(model=model, messages=[{"role": "user", "content": long}], stream=True),
+        lambda: client.completions.create(model=model, prompt=long),
+        lambda: client.completions.create(model=model, prompt=["hello", long]),
+        lambda: client.completions.create(model=model, prompt=[5] * 5000, stream=True),
+        lambda: client.responses.create(model=model, input=long),
+        lambda: client.embeddings.create(model=model, input=long),
+    ]
+    for call in calls:
+        with pytest.raises(openai.BadRequestError) as raised:
+            call()
+        assert shaped(raised.value)["code"] == "context_length_exceeded"
+
+
+BAD: list[dict[str, Any]] = [
+    {"temperature": -1}, {"temperature": "hot"}, {"top_p": 2}, {"max_tokens": -5}, {"max_tokens": 1.5}, {"n": 0},
+    {"n": 10**9}, {"stop": 5}, {"stop": [""]}, {"logit_bias": {"x": 1}}, {"logit_bias": {"999999": 1}},
+    {"logit_bias": [1]}, {"seed": "a"}, {"top_logprobs": 3}, {"logprobs": True, "top_logprobs": -1},
+    {"logprobs": True, "top_logprobs": 10**6}, {"presence_penalty": "x"}, {"stream": "perhaps"},
+    {"stream_options": {"include_usage": True}}, {"response_format": {"type": "yaml"}},
+    {"response_format": {"type": "json_schema"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nonsense"}}}},
+    {"tools": "hammer"}, {"tools": [{"type": "function"}]}, {"tool_choice": "required"},
+    {"tool_choice": {"type": "function", "function": {"name": "none such"}}, "tools": [
+        {"type": "function", "function": {"name": "flip", "parameters": {"type": "object"}}}]},
+    {"messages": []}, {"messages": [{}]}, {"messages": [{"role": "user", "content": 5}]}, {"messages": "x" * 3 and 7},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+    {"messages": [{"role": "wizard", "content": "x"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", BAD, ids=lambda wrong: str(wrong)[:60])
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_arguments(client: openai.OpenAI, model: str, wrong: dict[str, Any], stream: bool) -> None:
+    """400 at once, streamed or not: a stream that begins with 200 has nothing wrong with its arguments."""
+    request = {"model": model, "messages": ASK, "max_tokens": 4, "stream": stream, **wrong}
+    if stream and "stream_options" in wrong:
+        pytest.skip("fine for a stream")
+    with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError)) as raised:
+        client.post("/chat/completions", body=request, cast_to=object)
+    assert shaped(raised.value)["type"] == "invalid_request_error"
+
+
+BAD_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("/completions", {"prompt": {"a": 1}}), ("/completions", {"prompt": [[1], "a"]}), ("/completions", {"prompt": [-1]}),
+    ("/completions", {"prompt": [10**9]}), ("/completions", {"prompt": [1.5]}), ("/completions", {"prompt": "a", "logprobs": -1}),
+    ("/completions", {"prompt": "a", "logprobs": 10**6}), ("/completions", {"prompt": "a", "best_of": 0}),
+    ("/completions", {"prompt": [True]}), ("/embeddings", {"input": []}), ("/embeddings", {"input": ""}),
+    ("/embeddings", {"input": [[]]}), ("/embeddings", {"input": {"a": 1}}), ("/embeddings", {"input": "a", "encoding_format": "hex"}),
+    ("/embeddings", {"input": [10**9]}), ("/embeddings", {"input": "a", "dimensions": 0}), ("/embeddings", {}),
+    ("/completions", {"prompt": "a", "suffix": 5}), ("/responses", {"input": 5}), ("/responses", {"input": [{"role": "x"}]}),
+    ("/responses", {"input": "a", "max_output_tokens": -2}), ("/responses", {"input": "a", "text": {"format": {"type": "x"}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "wrong"), BAD_TEXT, ids=lambda value: str(value)[:60])
+def test_bad_arguments_elsewhere(client: openai.OpenAI, model: str, path: str, wrong: dict[str, Any]) -> None:
+    with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError)) as raised:
+        client.post(path, body={"model": model, **wrong}, cast_to=object)
+    assert shaped(raised.value)["type"] == "invalid_request_error"
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model: Callable[..., Path]) -> Iterator[Served]:
+    """One answer at a time, and one that waits."""
+    file = tiny_model(n_ctx_train=8192, n_layer=3)
+    with Served(file, "--parallel", "1", "--queue", "1", "--threads", "1") as running:
+        yield running
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_full_queue(small: Served, stream: bool) -> None:
+    """Past the queue: 429 with Retry-After at once, and those that were let in go on."""
+    name = small.model()
+    long = {"model": name, "messages": ASK, "max_tokens": 8000, "logit_bias": NO_END, "stream": True}
+
+    async def fill() -> list[Exchange]:
+        running = await Exchange.open(small.url, "/v1/chat/completions", long, KEY)
+        await anext(running.events())
+        waiting = asyncio.create_task(Exchange.open(small.url, "/v1/chat/completions", long, KEY))
+        while small.figures(await asyncio.to_thread(small.metrics)).waiting < 1:
+            await asyncio.sleep(0.02)
+        async with openai.AsyncOpenAI(base_url=small.url + "/v1", api_key=KEY, max_retries=0) as client:
+            with pytest.raises(openai.RateLimitError) as raised:
+                await client.chat.completions.create(model=name, messages=ASK, max_tokens=1, stream=stream)
+        shaped(raised.value)
+        assert float(raised.value.response.headers["retry-after"]) > 0
+        await anext(running.events())  # still there
+        running.abort()
+        found = await waiting
+        await anext(found.events())
+        found.abort()
+        return [running, found]
+
+    assert [exchange.status for exchange in asyncio.run(fill())] == [200, 200]
+    small.settled()
+    with openai.OpenAI(base_url=small.url + "/v1", api_key=KEY, max_retries=0) as client:
+        assert client.chat.completions.create(model=name, messages=ASK, max_tokens=1).choices
