@@ -1,6 +1,6 @@
 """schemathesis against a server over a tiny model: no 5xx, no reply that the OpenAPI document does not describe.
 
-    python tests/serve_fuzz.py [--examples 200] [--seed 1] [--workers 2] [--model FILE] [more options of schemathesis run]
+    python tests/serve_fuzz.py [--examples 200] [--seed 1] [--workers 2] [--model FILE] [options of schemathesis]
 
 All of its checks that are on by default stay on. Afterwards the server must still be well: nothing runs or waits, no
 block of the KV cache is held, no reply was a 5xx, and its log has no traceback. Exit code 1 otherwise.
@@ -25,8 +25,9 @@ def fuzz(server: Served, folder: Path, examples: int, seed: int, workers: int = 
     before = server.statuses()
     done = subprocess.run(
         [
-            *SCHEMATHESIS, server.url + "/openapi.json", "--header", f"Authorization: Bearer {KEY}", "--workers", str(workers),
-            "--max-examples", str(examples), "--seed", str(seed), "--generation-database", "none", "--no-color",
+            *SCHEMATHESIS, server.url + "/openapi.json", "--header", f"Authorization: Bearer {KEY}",
+            "--workers", str(workers), "--max-examples", str(examples), "--seed", str(seed),
+            "--generation-database", "none", "--no-color",
             "--request-timeout", "120", "--suppress-health-check", "all", *more,
         ],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,

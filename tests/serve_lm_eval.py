@@ -1,7 +1,7 @@
 """lm-evaluation-harness over HTTP against the same tasks in-process: both must score alike.
 
     python -m venv lmeval
-    lmeval/bin/pip install lm-eval aiohttp requests tenacity tiktoken transformers torch   # and hotcold with its serve extra
+    lmeval/bin/pip install 'lm-eval[api]' transformers torch 'hotcold[serve]'
     lmeval/bin/python tests/serve_lm_eval.py [--model smollm2] [--samples 24] [--threads 2]
 
 Nothing is fetched: the tasks are made of Python's own documentation (pydoc_data.topics) and the tokenizer of the GGUF
@@ -67,11 +67,13 @@ def write_tasks(folder: Path, n: int) -> list[str]:
             "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
         },
         {
-            "task": "docs_perplexity", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+            "task": "docs_perplexity", "output_type": "loglikelihood_rolling", "doc_to_text": "",
+            "doc_to_target": "{{text}}",
             "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
         },
         {
-            "task": "docs_continue", "output_type": "generate_until", "doc_to_text": "{{context}}", "doc_to_target": "{{answer}}",
+            "task": "docs_continue", "output_type": "generate_until", "doc_to_text": "{{context}}",
+            "doc_to_target": "{{answer}}",
             "generation_kwargs": {"until": [".", "\n"], "max_gen_toks": 24, "do_sample": False},
             "metric_list": [{"metric": "exact_match"}],
         },
@@ -193,8 +195,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ.update({
-            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(folder / "hf"),
-            "TOKENIZERS_PARALLELISM": "false", "OPENAI_API_KEY": KEY,
+            "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            "HF_HOME": str(folder / "hf"), "TOKENIZERS_PARALLELISM": "false", "OPENAI_API_KEY": KEY,
         })  # fmt: skip
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -211,8 +213,8 @@ def main() -> None:
         arguments = ["--ctx", str(MAX_LENGTH), "--threads", str(options.threads), "--parallel", "4"]
         with Served(model, *arguments, command=serving) as server:
             settings = {
-                "model": server.model(), "base_url": server.url + "/v1/completions", "tokenizer": str(folder / "tokenizer"),
-                "tokenizer_backend": "huggingface", "num_concurrent": options.concurrent, "max_length": MAX_LENGTH,
+                "model": server.model(), "base_url": server.url + "/v1/completions",
+                "tokenizer": str(folder / "tokenizer"), "tokenizer_backend": "huggingface", "num_concurrent": options.concurrent, "max_length": MAX_LENGTH,
             }  # fmt: skip
             there = simple_evaluate(model="local-completions", model_args=settings, task_manager=manager, **shared)
     for task, scores in here["results"].items():

@@ -197,7 +197,7 @@ class Soak:
         around = f"got {got[place : place + 40]!r}, wanted {wanted[place : place + 40]!r}"
         self.problem(
             job,
-            f"differs at {place} of {len(wanted)}, where the choice had a gap of {job.gap_at(place):.4f}: {around}{mixed}",
+            f"differs at {place} of {len(wanted)}, where the gap was {job.gap_at(place):.4f}: {around}{mixed}",
         )
         return False
 

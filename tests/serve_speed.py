@@ -139,7 +139,7 @@ def free_port() -> int:
 
 
 def peer_server(python: str, model: str, threads: int, n_ctx: int) -> Served:
-    """llama-cpp-python's server at its best: no logits but the last, and a running answer is not cut off by the next."""
+    """llama-cpp-python's server at its best: no logits but the last, no answer cut off by the next."""
     options = [
         "--model", model, "--model_alias", "peer", "--n_threads", str(threads), "--n_threads_batch", str(threads),
         "--n_ctx", str(n_ctx), "--logits_all", "false", "--interrupt_requests", "false", "--host", "127.0.0.1",

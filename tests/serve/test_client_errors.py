@@ -109,14 +109,19 @@ def test_bad_arguments(client: openai.OpenAI, model: str, wrong: dict[str, Any],
 
 
 BAD_TEXT: list[tuple[str, dict[str, Any]]] = [
-    ("/completions", {"prompt": {"a": 1}}), ("/completions", {"prompt": [[1], "a"]}), ("/completions", {"prompt": [-1]}),
-    ("/completions", {"prompt": [10**9]}), ("/completions", {"prompt": [1.5]}), ("/completions", {"prompt": "a", "logprobs": -1}),
+    ("/completions", {"prompt": {"a": 1}}), ("/completions", {"prompt": [[1], "a"]}),
+    ("/completions", {"prompt": [-1]}),
+    ("/completions", {"prompt": [10**9]}), ("/completions", {"prompt": [1.5]}),
+    ("/completions", {"prompt": "a", "logprobs": -1}),
     ("/completions", {"prompt": "a", "logprobs": 10**6}), ("/completions", {"prompt": "a", "best_of": 0}),
     ("/completions", {"prompt": [True]}), ("/embeddings", {"input": []}), ("/embeddings", {"input": ""}),
-    ("/embeddings", {"input": [[]]}), ("/embeddings", {"input": {"a": 1}}), ("/embeddings", {"input": "a", "encoding_format": "hex"}),
+    ("/embeddings", {"input": [[]]}), ("/embeddings", {"input": {"a": 1}}),
+    ("/embeddings", {"input": "a", "encoding_format": "hex"}),
     ("/embeddings", {"input": [10**9]}), ("/embeddings", {"input": "a", "dimensions": 0}), ("/embeddings", {}),
-    ("/completions", {"prompt": "a", "suffix": 5}), ("/responses", {"input": 5}), ("/responses", {"input": [{"role": "x"}]}),
-    ("/responses", {"input": "a", "max_output_tokens": -2}), ("/responses", {"input": "a", "text": {"format": {"type": "x"}}}),
+    ("/completions", {"prompt": "a", "suffix": 5}), ("/responses", {"input": 5}),
+    ("/responses", {"input": [{"role": "x"}]}),
+    ("/responses", {"input": "a", "max_output_tokens": -2}),
+    ("/responses", {"input": "a", "text": {"format": {"type": "x"}}}),
 ]  # fmt: skip
 
 
