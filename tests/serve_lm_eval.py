@@ -214,7 +214,8 @@ def main() -> None:
         with Served(model, *arguments, command=serving) as server:
             settings = {
                 "model": server.model(), "base_url": server.url + "/v1/completions",
-                "tokenizer": str(folder / "tokenizer"), "tokenizer_backend": "huggingface", "num_concurrent": options.concurrent, "max_length": MAX_LENGTH,
+                "tokenizer": str(folder / "tokenizer"), "tokenizer_backend": "huggingface",
+                "num_concurrent": options.concurrent, "max_length": MAX_LENGTH,
             }  # fmt: skip
             there = simple_evaluate(model="local-completions", model_args=settings, task_manager=manager, **shared)
     for task, scores in here["results"].items():
