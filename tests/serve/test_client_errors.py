@@ -25,9 +25,9 @@ def shaped(error: openai.APIStatusError) -> Any:
     return body
 
 
-@pytest.mark.parametrize("key", ["sk-wrong", "", KEY + "x", KEY[:-1], "ключ".encode().decode("latin-1")])
+@pytest.mark.parametrize("key", ["sk-wrong", "x", KEY + "x", KEY[:-1], KEY.upper()])
 def test_wrong_key(server: Served, key: str) -> None:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key=key or " ", max_retries=0) as wrong:
+    with openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0) as wrong:
         calls: list[Callable[[], object]] = [
             wrong.models.list,
             lambda: wrong.chat.completions.create(model="any", messages=ASK),
@@ -48,18 +48,52 @@ def test_no_key(server: Served) -> None:
     assert asyncio.run(_status(server, "/health")) == 200  # what a load balancer asks
 
 
-async def _status(server: Served, path: str) -> int:
-    found = await Exchange.open(server.url, path, None if "chat" not in path else {})
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer {KEY} {KEY}", "Bearer \xff\xfe", "Bearer " + "x" * 9999],
+)
+def test_odd_authorization(server: Served, header: str) -> None:
+    assert asyncio.run(_status(server, "/v1/models", {"Authorization": header})) == 401
+
+
+async def _status(server: Served, path: str, headers: dict[str, str] | None = None) -> int:
+    found = await Exchange.open(server.url, path, None if "chat" not in path else {}, headers=headers)
     await found.close()
     return found.status
 
 
 def test_unknown_model(client: openai.OpenAI) -> None:
+    """Where one model is served, requests may name it as they like; asked about, it has its name alone."""
     with pytest.raises(openai.NotFoundError) as raised:
-        client.chat.completions.create(model="no-such-model", messages=ASK)
-    assert shaped(raised.value)["code"] == "model_not_found"
-    with pytest.raises(openai.NotFoundError):
         client.models.retrieve("no-such-model")
+    assert shaped(raised.value)["code"] == "model_not_found"
+
+
+def test_two_models(tiny_model: Callable[..., Path]) -> None:
+    """Each answers by its own name and no other; their answers differ."""
+    files = [tiny_model(seed=seed) for seed in (6, 7)]
+    names = ("--alias", "one", "--alias", "two")
+    with Served(*files, *names, "--ctx", "256", "--parallel", "2", "--threads", "1") as both:
+        with openai.OpenAI(base_url=both.url + "/v1", api_key=KEY, max_retries=0) as client:
+            assert [found.id for found in client.models.list()] == ["one", "two"]
+            texts = []
+            for name in ("one", "two"):
+                found = client.completions.create(model=name, prompt="hello", temperature=0, logit_bias=NO_END)
+                assert found.model == name
+                texts.append(found.choices[0].text)
+            assert texts[0] != texts[1]
+            calls: list[Callable[[], object]] = [
+                lambda: client.chat.completions.create(model="three", messages=ASK),
+                lambda: client.chat.completions.create(model="three", messages=ASK, stream=True),
+                lambda: client.completions.create(model="three", prompt="hello"),
+                lambda: client.embeddings.create(model="three", input="hello"),
+                lambda: client.responses.create(model="three", input="hello"),
+                lambda: client.models.retrieve("three"),
+            ]
+            for call in calls:
+                with pytest.raises(openai.NotFoundError) as raised:
+                    call()
+                assert shaped(raised.value)["code"] == "model_not_found"
 
 
 def test_context_length(client: openai.OpenAI, model: str) -> None:
@@ -90,9 +124,9 @@ BAD: list[dict[str, Any]] = [
     {"tools": "hammer"}, {"tools": [{"type": "function"}]}, {"tool_choice": "required"},
     {"tool_choice": {"type": "function", "function": {"name": "none such"}}, "tools": [
         {"type": "function", "function": {"name": "flip", "parameters": {"type": "object"}}}]},
-    {"messages": []}, {"messages": [{}]}, {"messages": [{"role": "user", "content": 5}]}, {"messages": "x" * 3 and 7},
+    {"messages": []}, {"messages": [{}]}, {"messages": [{"role": "user", "content": 5}]}, {"messages": 7},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
-    {"messages": [{"role": "wizard", "content": "x"}]},
+    {"messages": [{"role": "", "content": "x"}]},
 ]  # fmt: skip
 
 

@@ -16,9 +16,9 @@ from serve_process import KEY, Served
 NO_END = {"2": -100, "0": -100, "1": -100}
 
 
-def asked(text: str, n: int = 24, **options: Any) -> dict[str, Any]:
+def asked(text: str, n_tokens: int = 24, **options: Any) -> dict[str, Any]:
     messages = [{"role": "user", "content": text}]
-    return {"messages": messages, "max_tokens": n, "temperature": 0, "logit_bias": NO_END, **options}
+    return {"messages": messages, "max_tokens": n_tokens, "temperature": 0, "logit_bias": NO_END, **options}
 
 
 def test_chat_stream(client: openai.OpenAI, model: str) -> None:
@@ -56,8 +56,8 @@ def test_completion_stream(client: openai.OpenAI, model: str) -> None:
     }
     whole = client.completions.create(**options)
     chunks = list(client.completions.create(stream=True, stream_options={"include_usage": True}, **options))
-    for chunk in chunks:
-        Completion.model_validate(chunk.to_dict())
+    assert {c.object for c in chunks} == {"text_completion"} and all(isinstance(c, Completion) for c in chunks)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][:-1] == [None] * (len(chunks) - 2)
     assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
     assert chunks[-1].usage == whole.usage
 
@@ -91,13 +91,15 @@ def test_stream_with_logprobs(client: openai.OpenAI, model: str) -> None:
 
 def test_client_side_accumulation(client: openai.OpenAI, model: str) -> None:
     """The client's own stream helper rebuilds the whole completion from our chunks."""
-    whole = client.chat.completions.create(model=model, **asked("hello"))
-    with client.chat.completions.stream(model=model, **asked("hello")) as stream:
+    long = client.chat.completions.create(model=model, **asked("hello")).choices[0].message.content or ""
+    options = asked("hello", stop=long[-4:])  # the helper raises where max_tokens ends an answer
+    whole = client.chat.completions.create(model=model, **options)
+    with client.chat.completions.stream(model=model, **options) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= kinds
     assert final.choices[0].message.content == whole.choices[0].message.content
-    assert final.choices[0].finish_reason == "length"
+    assert final.choices[0].finish_reason == "stop"
 
 
 def test_async_streams_at_once(async_client: Callable[[], Any], client: openai.OpenAI, model: str) -> None:
