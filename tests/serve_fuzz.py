@@ -1,8 +1,9 @@
 """schemathesis against a server over a tiny model: no 5xx, no reply that the OpenAPI document does not describe.
 
-    python tests/serve_fuzz.py [--examples 200] [--seed 1] [--workers 2] [--model FILE] [options of schemathesis]
+    python tests/serve_fuzz.py [--examples 200] [--seed 1] [--workers 1] [--model FILE] [options of schemathesis]
 
-All of its checks that are on by default stay on. Afterwards the server must still be well: nothing runs or waits, no
+All of its checks that are on by default stay on; data that fit the document may still be answered with 400, as ids of
+tokens, lengths, templates and schemas have bounds that no document can tell. Afterwards the server must still be well: nothing runs or waits, no
 block of the KV cache is held, no reply was a 5xx, and its log has no traceback. Exit code 1 otherwise.
 """
 
@@ -19,9 +20,15 @@ from tiny import make_tiny_model
 
 SCHEMATHESIS = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
 
+SETTINGS = """
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", "400", "401", "404", "413", "429"]
+"""
+
 
 def fuzz(server: Served, folder: Path, examples: int, seed: int, workers: int = 1, *more: str) -> tuple[list[str], str]:
     """What is wrong, and what schemathesis printed; folder: for its own files."""
+    (folder / "schemathesis.toml").write_text(SETTINGS, encoding="utf-8")
     before = server.statuses()
     done = subprocess.run(
         [
@@ -50,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--model", type=Path, help="default: a tiny one, made for this")
     options, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:

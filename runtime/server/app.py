@@ -182,7 +182,9 @@ def _documented(schema: type[BaseModel], shape: type[BaseModel], stream: bool = 
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
     answer: dict[str, Any] = {"model": shape}
     if stream:
-        answer["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        # no type: tools differ in whether they take the whole stream as a text or each event as an object
+        what = "Server-sent events; the data of each is a chunk as JSON, and [DONE] at the end."
+        answer["content"] = {"text/event-stream": {"schema": {"description": what}}}
     return {
         "responses": {200: answer, **_errors(400, 401, 403, 404, 405, 408, 413, 429, 500, 503)},
         "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}},

@@ -35,6 +35,13 @@ Biases = Annotated[
 JSONObject = dict[str, Any]
 
 
+def _not_a_number(value: object) -> object:
+    """0, which Literal[False] would take for False."""
+    if value == 0 and value is not False:
+        raise ValueError("Input should be false")
+    return value
+
+
 class Schema(BaseModel):
     """Strict (no "5" for 5), and tolerant of fields that other servers know."""
 
@@ -257,7 +264,7 @@ class ResponsesRequest(Schema):
     metadata: JSONObject | None = None
     previous_response_id: None = Field(None, description="Not supported: send the whole conversation as input.")
     conversation: None = Field(None, description="Not supported, likewise.")
-    background: Literal[False] | None = None
+    background: Annotated[Literal[False], BeforeValidator(_not_a_number)] | None = None
 
 
 class TokenizeRequest(Schema):
