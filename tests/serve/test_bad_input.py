@@ -227,7 +227,7 @@ def test_hostile_schemas(server: Served, model: str, schema: Any) -> None:
     assert status in (200, 400), found
     if status == 400:
         assert found["error"]["type"] == "invalid_request_error" and len(found["error"]["message"]) < 2000
-        assert "/etc/passwd" not in str(found) or "$ref" in str(found)
+        assert "root:" not in str(found)
     assert server.rss() < before + (256 << 20)
 
 

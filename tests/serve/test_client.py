@@ -166,7 +166,6 @@ def test_echo_and_logprobs(client: openai.OpenAI, model: str, llm: LLM) -> None:
     found = client.completions.create(
         model=model, prompt=PROMPT, max_tokens=6, temperature=0, echo=True, logprobs=3, logit_bias=NO_END
     )
-    checked(found)
     choice = found.choices[0]
     scores = choice.logprobs
     assert scores is not None and scores.tokens and scores.token_logprobs and scores.top_logprobs
@@ -204,4 +203,4 @@ def test_chat_logprobs(client: openai.OpenAI, model: str) -> None:
         assert entry.logprob <= 0 and len(entry.top_logprobs) == 2
         assert entry.top_logprobs[0].logprob >= entry.top_logprobs[1].logprob
     data = b"".join(bytes(entry.bytes or []) for entry in scores.content)
-    assert data.startswith((found.choices[0].message.content or "").encode())
+    assert data.decode(errors="replace").startswith(found.choices[0].message.content or "")

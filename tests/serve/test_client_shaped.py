@@ -133,8 +133,9 @@ def test_schema_stream_helper(client: openai.OpenAI, model: str) -> None:
 )
 def test_tool_choice(client: openai.OpenAI, model: str, choice: Any, seed: int) -> None:
     found = client.chat.completions.create(
-        model=model, messages=ASK, tools=TOOLS, tool_choice=choice, max_tokens=250, temperature=1, seed=seed
-    )
+        model=model, messages=ASK, tools=TOOLS, tool_choice=choice, max_tokens=250, temperature=1, seed=seed,
+        parallel_tool_calls=False,
+    )  # fmt: skip
     ChatCompletion.model_validate(found.to_dict())
     (only,) = found.choices
     calls = only.message.tool_calls
@@ -146,7 +147,19 @@ def test_tool_choice(client: openai.OpenAI, model: str, choice: Any, seed: int) 
         jsonschema.validate(json.loads(call.function.arguments), BY_NAME[call.function.name])
     if choice != "required":
         assert [call.function.name for call in calls] == ["flip"]
-    assert len({call.id for call in calls}) == len(calls)
+    assert len(calls) == 1
+
+
+def test_several_calls(client: openai.OpenAI, model: str) -> None:
+    """A model that goes on calling has each call with an id of its own, until it ends or is cut off."""
+    found = client.chat.completions.create(
+        model=model, messages=ASK, tools=TOOLS, tool_choice="required", max_tokens=1000, temperature=1, seed=1
+    )
+    calls = found.choices[0].message.tool_calls or []
+    whole = calls if found.choices[0].finish_reason == "tool_calls" else calls[:-1]
+    assert len(whole) > 1 and len({call.id for call in calls}) == len(calls)
+    for call in whole:
+        jsonschema.validate(json.loads(call.function.arguments), BY_NAME[call.function.name])
 
 
 @pytest.mark.parametrize("name", ["flip", "get_weather"])
@@ -177,8 +190,9 @@ def test_tool_deltas(client: openai.OpenAI, model: str, name: str) -> None:
 def test_tool_stream_helper(client: openai.OpenAI, model: str) -> None:
     """The client's helper accumulates the deltas into calls."""
     with client.chat.completions.stream(
-        model=model, messages=ASK, tools=TOOLS, tool_choice="required", max_tokens=250, temperature=0
-    ) as stream:
+        model=model, messages=ASK, tools=TOOLS, tool_choice="required", max_tokens=250, temperature=0,
+        parallel_tool_calls=False,
+    ) as stream:  # fmt: skip
         kinds = {event.type for event in stream}
         message = stream.get_final_completion().choices[0].message
     assert "tool_calls.function.arguments.done" in kinds and message.tool_calls
