@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--threads", default="2")
     options = parser.parse_args()
-    asked = schemas.random_schemas(options.count, options.seed)
+    asked = [schemas.make_schema(options.seed + number) for number in range(options.count)]
     start = time.perf_counter()
     with Served(
         resolve(options.model), "--parallel", str(options.clients), "--threads", options.threads, "--ctx", "4096"
