@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..formats.errors import ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer
 from .gbnf import gbnf_to_lark, is_gbnf
-from .schema_limits import check_schema
+from .json_schema import prepared
 
 # What a hostile source may cost. llguidance counts its own work; it recurses along chains of rules, up to 4 KB a rule.
 _LONGEST = 128 << 10  # characters of a source
@@ -115,9 +115,9 @@ def json_rule(schema: Any, name: str) -> str:
         if not isinstance(schema, Mapping):
             wanted = "a JSON schema (an object) or a pydantic model class"
             raise ParameterError(f"{name}: got {type(schema).__name__}, wanted {wanted}")
-        schema = {**schema, "x-guidance": _JSON_STYLE}
-        text = check_source(name, json.dumps(schema, allow_nan=False))
-        check_schema(json.loads(text), name)
+        # as JSON first, which no hostile Mapping can change again
+        schema = json.loads(check_source(name, json.dumps({**schema, "x-guidance": _JSON_STYLE}, allow_nan=False)))
+        text = json.dumps(prepared(schema, name))
     except ParameterError:
         raise
     except (TypeError, ValueError, RecursionError) as error:
@@ -249,7 +249,8 @@ def _lark(text: str) -> str:
                 schema, _ = json.JSONDecoder().raw_decode(text, match.end())
             except (ValueError, RecursionError) as error:
                 raise ParameterError(f"grammar: %json: {error}") from None
-            check_schema(schema, "grammar")
+            if isinstance(schema, Mapping):
+                prepared(schema, "grammar")
     if text.count("\n") > _MOST_RULES:
         raise ParameterError(f"grammar: got {text.count(chr(10))} lines, wanted at most {_MOST_RULES}")
     return text
@@ -259,6 +260,8 @@ def _first_line(text: str) -> str:
     """llguidance's message without its place in our wrapping and its dump of the source."""
     text = re.sub(r"^(at )?\d+\(\d+\): ", "", text.strip())
     text = text.removeprefix("failed to compile JSON schema: ")
+    if text.startswith("NoExtension"):
+        return "no text fits it"
     lines = text.split("\n")
     # a regular expression's error says what is wrong in its last line
     shown = next((line for line in lines if line.startswith("error: ")), lines[0])

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 _ROWS = 128  # rows of logits asked of the engine at once
-_CALL_NAMES = ("max_tokens", "stop", "special", "tools", "logits_processor", *PARAM_NAMES)
+_FORMS = ("schema", "regex", "grammar")
+_CALL_NAMES = ("max_tokens", "stop", "special", "tools", "logits_processor", *_FORMS, *PARAM_NAMES)
 
 
 class LLM(Completions, Embedder, Stateful):
@@ -189,7 +190,9 @@ class LLM(Completions, Embedder, Stateful):
         """The text that continues a prompt (text or token ids).
 
         max_tokens: None or -1 = until the context is full. stop: texts that end the answer, themselves left
-        out. special: parse control tokens (<|im_start|>) in the prompt. sampling: SamplingParams' fields.
+        out. special: parse control tokens (<|im_start|>) in the prompt. sampling: SamplingParams' fields; and one of
+        schema (a JSON schema or a pydantic model class; `Model.model_validate_json` reads the answer), regex and
+        grammar (Lark's or llama.cpp's notation), which the answer then fits if max_tokens lets it end.
         """
         return _join(self.stream(prompt, max_tokens, stop, special, logits_processor, **sampling))
 
@@ -341,18 +344,26 @@ class LLM(Completions, Embedder, Stateful):
         logits_processor: Processor | Sequence[Processor] | None = None,
         stopping_criteria: Processor | Sequence[Processor] | None = None,
         constraint: Constraint | None = None,
+        schema: Any = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         fallback: Mapping[str, float] | None = None,
         **sampling: Any,
     ) -> Answer:
         """A checked, unstarted answer to a prompt, to be iterated over with `for` or `async for`.
 
         logprobs: how many alternatives to score for each token; prompt_logprobs: the prompt's tokens too. constraint:
-        what may come next (grammar.py), for one answer. fallback: stands behind the file's sampling defaults.
+        what may come next (grammar.py), for one answer; schema, regex, grammar: make one, as in `generate`. fallback:
+        stands behind the file's sampling defaults.
         """
         self._check_open()
         params = SamplingParams.from_metadata({**(fallback or {}), **self.config.sampling}, **sampling)
         if params.seed is None and self._seed is not None:
             params = replace(params, seed=self._seed)
+        if schema is not None or regex is not None or grammar is not None:
+            from .grammar import constraint as make  # who asks for none shall not wait for it
+
+            constraint = make(self.tokenizer, schema=schema, regex=regex, grammar=grammar)
         self._last = Answer(
             self.scheduler,
             self.tokenizer,
@@ -423,7 +434,7 @@ def _check_names(sampling: Mapping[str, Any]) -> None:
     if "stream" in sampling:
         raise ParameterError("stream: not an argument here; use stream() or stream_chat()")
     reject_unknown(sampling, _CALL_NAMES)
-    reject_unknown(sampling, PARAM_NAMES)
+    reject_unknown(sampling, (*_FORMS, *PARAM_NAMES))
 
 
 def _to_stderr(line: str) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..formats.chat_template import ChatTemplate
 from ..formats.errors import HotcoldError, ParameterError
+from .chat_prompt import Messages, check_messages
 
 _INSTRUCTION = """\
 You can call functions. Here they are, one a line:
@@ -43,14 +44,11 @@ class ToolPrompt:
         self.style = next((style for style in styles if self._fits(*style)), None)
         self.short_ids = "length" in template.source and "TOOL_CALLS" in template.source  # Mistral: 9 characters
 
-    def prepare(self, messages: Any, tools: list[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]] | None]:
+    def prepare(
+        self, messages: Messages, tools: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """Messages, and tools or None, for the template: what it does not know has become text."""
-        if isinstance(messages, str):
-            found: list[Mapping[str, Any]] = [{"role": "user", "content": messages}]
-        elif not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
-            return messages, None  # ChatPrompt says what is wrong with them
-        else:
-            found = self._history(messages)
+        found = self._history(check_messages(messages))
         if tools and not self.knows_tools:
             found = self._instruct(found, tools)
         return found, tools if tools and self.knows_tools else None
@@ -74,67 +72,60 @@ class ToolPrompt:
         double = '\\"probekey' in called
         return "proberesult" in text and "probevalue" in called and not double and "None" not in text
 
-    def _history(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        names: dict[Any, str] = {}
-        found: list[Mapping[str, Any]] = []
-        joined = False  # the last message is made of results, and takes the next one
+    def _history(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        names: dict[object, str] = {}  # of calls, by id
+        found: list[dict[str, Any]] = []
+        joins = False  # the last message is made of results, and takes the next one
         for i, message in enumerate(messages):
-            role = message.get("role")
-            if role == "developer":
-                message = {**message, "role": "system"}
-            calls = _checked_calls(i, message.get("tool_calls"))
-            for call in calls:
-                names[call.get("id")] = call["function"]["name"]
+            role, calls = message["role"], _checked_calls(i, message.pop("tool_calls", None))
+            names.update((str(call.get("id")), call["function"]["name"]) for call in calls)
             is_result = role in ("tool", "function")
             if is_result and self.style is None:
-                text = f"<tool_response>\n{_plain(message.get('content'))}\n</tool_response>"
-                if joined:
-                    found[-1] = {**found[-1], "content": f"{found[-1]['content']}\n{text}"}
+                text = f"<tool_response>\n{message['content'] or ''}\n</tool_response>"
+                if joins:
+                    found[-1]["content"] += "\n" + text
                 else:
                     found.append({"role": "user", "content": text})
-                joined = True
-                continue
-            joined = False
-            if is_result:
+            elif is_result:
                 id = message.get("tool_call_id")
-                known = names.get(id) if isinstance(id, str) else None
-                message = {**message, "role": "tool", "tool_call_id": self._id(id)}
-                message = {"name": known, **message} if known else message
+                name = names.get(str(id))
+                message |= {"role": "tool", "tool_call_id": self._id(id)}
+                found.append({"name": name, **message} if name else message)
             elif calls:
-                message = self._with_calls(message, calls)
-            elif "tool_calls" in message:
-                message = {key: value for key, value in message.items() if key != "tool_calls"}
-            if role == "assistant" and message.get("content") is None and (not calls or self.style is None):
-                message = {**message, "content": ""}
-            found.append(message)
+                found.append(self._with_calls(message, calls))
+            else:
+                content = "" if role == "assistant" and message["content"] is None else message["content"]
+                found.append({**message, "role": "system" if role == "developer" else role, "content": content})
+            joins = is_result and self.style is None
         return found
 
-    def _with_calls(self, message: Mapping[str, Any], calls: list[dict[str, Any]]) -> Mapping[str, Any]:
+    def _with_calls(self, message: dict[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:
         if self.style is None:
-            rest = {key: value for key, value in message.items() if key != "tool_calls"}
             written = (json.dumps(call["function"], ensure_ascii=False) for call in calls)
-            texts = [text for text in (_plain(message.get("content")),) if text]
-            return {**rest, "content": "\n".join([*texts, *(f"<tool_call>\n{text}\n</tool_call>" for text in written)])}
+            texts = [*filter(None, [message["content"]]), *(f"<tool_call>\n{text}\n</tool_call>" for text in written)]
+            return {**message, "content": "\n".join(texts)}
         content, kind = self.style
         for call in calls:
             call["id"] = self._id(call.get("id"))
-            if kind is str:
+            if kind is str and not isinstance(call["function"]["arguments"], str):
                 call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return {**message, "content": message.get("content") or content, "tool_calls": calls}
+        return {**message, "content": message["content"] or content, "tool_calls": calls}
 
     def _id(self, id: object) -> object:
         fits = isinstance(id, str) and len(id) == 9 and id.isascii() and id.isalnum()
         return id if fits or not self.short_ids else hashlib.sha256(str(id).encode("utf-8", "replace")).hexdigest()[:9]
 
-    def _instruct(self, messages: list[Mapping[str, Any]], tools: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
+    def _instruct(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         text = _INSTRUCTION.format(tools=lines)
-        first = messages[0] if messages else {}
-        if first.get("role") == "system" or (not self.knows_system and first.get("role") == "user"):
-            told, said = (text, _plain(first.get("content")))
-            order = (said, told) if first.get("role") == "system" else (told, said)
-            return [{**first, "content": "\n\n".join(part for part in order if part)}, *messages[1:]]
-        return [{"role": "system", "content": text}, *messages]
+        first = messages[0]
+        if first["role"] == "system":
+            parts = [first["content"], text]
+        elif first["role"] == "user" and not self.knows_system:
+            parts = [text, first["content"]]
+        else:
+            return [{"role": "system", "content": text}, *messages]
+        return [{**first, "content": "\n\n".join(part for part in parts if part)}, *messages[1:]]
 
 
 def tool_prompt(template: ChatTemplate) -> ToolPrompt:
@@ -174,13 +165,3 @@ def _checked_calls(i: int, calls: object) -> list[dict[str, Any]]:
             raise ParameterError(f"{where}: got {type(arguments).__name__}, wanted JSON as a text")
         found.append({**call, "type": "function", "function": {**function, "arguments": arguments}})
     return found
-
-
-def _plain(content: object) -> str:
-    """Content as text: parts joined; check_messages refuses other kinds later, where they are left as they are."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, (list, tuple)):
-        texts = (part.get("text") for part in content if isinstance(part, Mapping))
-        return "".join(text for text in texts if isinstance(text, str))
-    return ""

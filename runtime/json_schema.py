@@ -1,0 +1,100 @@
+"""JSON schemas before llguidance gets them: costs that its own limits leave open, and objects without extra members."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from math import prod
+from typing import Any
+
+from ..formats.errors import ParameterError
+
+_DEEPEST = 64
+_MOST_STATES = 10_000  # a multipleOf is an automaton of as many states as its digits say
+_MOST_PATTERNS = 6  # that may have to hold of one string: the time to join them doubles with each
+_CHOICES = {"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf"}
+_NEUTRAL = {
+    "type", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$defs",
+    "definitions", "$schema", "$id", "discriminator", "x-guidance",
+}  # fmt: skip
+# where the schemas within a schema are
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
+
+
+def prepared(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The schema with objects closed; ParameterError where it is too deep or would take too long to compile.
+
+    A small model goes on inventing members for as long as it may. So an object that lists its properties and does not
+    speak of others gets no others, as in OpenAI's strict mode; what it allows stays valid.
+    """
+    return dict(schema) if _checked(schema, name) else _closed(schema)
+
+
+def _checked(schema: Mapping[str, Any], name: str) -> bool:
+    """Whether several parts of the schema may have to hold of one value."""
+    patterns, joined, multiples = 0, False, [1]
+    todo: list[tuple[Any, int]] = [(schema, 0)]
+    while todo:
+        node, depth = todo.pop()
+        if depth > _DEEPEST:
+            raise ParameterError(f"{name}: got a schema nested over {_DEEPEST} deep, wanted less")
+        if isinstance(node, Mapping):
+            members = node.get("patternProperties")
+            patterns += sum(isinstance(node.get(key), str) for key in ("pattern", "format"))
+            patterns += len(members) if isinstance(members, Mapping) else 0
+            joined = joined or _joins(node)
+            if "multipleOf" in node and not isinstance(node["multipleOf"], Mapping):
+                multiples.append(_states(node["multipleOf"], name))
+        items = node.values() if isinstance(node, Mapping) else node
+        todo += ((item, depth + 1) for item in items if isinstance(item, (Mapping, list)))
+    if joined and patterns > _MOST_PATTERNS:
+        raise ParameterError(
+            f"{name}: got {patterns} patterns and formats in a schema that joins parts (allOf, patternProperties, or "
+            f"more beside $ref or anyOf), wanted at most {_MOST_PATTERNS}"
+        )
+    worst = prod(multiples) if joined else max(multiples)
+    if worst > _MOST_STATES:
+        raise ParameterError(f"{name}: multipleOf: got {worst}, wanted at most {_MOST_STATES} (without its zeros)")
+    return joined
+
+
+def _joins(node: Mapping[str, Any]) -> bool:
+    every = node.get("allOf")
+    if "patternProperties" in node or (isinstance(every, list) and len(every) > 1):
+        return True
+    return bool(_CHOICES & set(node)) and len(set(node) - _NEUTRAL) > 1
+
+
+def _states(value: object, name: str) -> int:
+    try:
+        number = Decimal(str(value)).normalize()
+        digits = int("".join(map(str, number.as_tuple().digits)))
+    except (InvalidOperation, ValueError):
+        raise ParameterError(f"{name}: multipleOf: got {value!r:.40}, wanted a positive number") from None
+    if isinstance(value, bool) or digits == 0 or number < 0:
+        raise ParameterError(f"{name}: multipleOf: got {value!r:.40}, wanted a positive number")
+    return digits
+
+
+def _closed(node: Any) -> Any:
+    if not isinstance(node, Mapping):
+        return node  # true and false are schemas, too
+    found = dict(node)
+    for key in _MAPS:
+        if isinstance(found.get(key), Mapping):
+            found[key] = {name: _closed(item) for name, item in found[key].items()}
+    for key in _LISTS:
+        if isinstance(found.get(key), list):
+            found[key] = [_closed(item) for item in found[key]]
+    for key in _SINGLE:
+        if key in found:
+            found[key] = _closed(found[key])
+    properties, required = found.get("properties"), found.get("required", [])
+    lists_all = isinstance(properties, Mapping) and isinstance(required, list) and all(
+        isinstance(name, str) and name in properties for name in required
+    )
+    if lists_all and not {"additionalProperties", "unevaluatedProperties", "minProperties"} & set(found):
+        found["additionalProperties"] = False
+    return found
