@@ -97,8 +97,9 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "presence_penalty", "frequency_penalty"):
-            self._put(name, check_number(name, getattr(self, name), -math.inf))
+        self._put("temperature", check_number("temperature", self.temperature, -math.inf))
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._put(name, check_number(name, getattr(self, name), -1e30, 1e30))
         for name in ("top_p", "min_p", "typical_p"):
             self._put(name, check_number(name, getattr(self, name), 0.0, 1.0))
         # the bound keeps logit * penalty finite

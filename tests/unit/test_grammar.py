@@ -421,7 +421,7 @@ def test_arguments_of_calls() -> None:
         llm.chat("a?", shema={})
     form = {"type": "json_schema", "json_schema": {"schema": {"const": ["a long text"]}}}
     cut = llm.create_chat_completion("a?", response_format=form, max_tokens=5)["choices"][0]
-    assert cut["finish_reason"] == "length" and cut["message"]["content"] == '["a lo'
+    assert cut["finish_reason"] == "length" and '["a long text"]'.startswith(cut["message"]["content"])
     # nothing is asked: everything may come
     assert llm.generate("a?", schema=None, regex=None) == "Hel"
     assert constraint(FakeTokenizer()) is None  # type: ignore[arg-type]

@@ -135,7 +135,8 @@ TEMPLATES = {
         "{%- if tools and loop.first %}{\"name\": function name, \"parameters\": dictionary of argument name}"
         "{% for t in tools %}{{ t | tojson(indent=4) }}{% endfor %}{% endif %}"
         "{%- if 'tool_calls' in m %}{%- if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
-        "{%- set f = m.tool_calls[0].function %}{\"name\": \"{{ f.name }}\", \"parameters\": {{ f.arguments | tojson }}}"
+        "{%- set f = m.tool_calls[0].function %}"
+        "{\"name\": \"{{ f.name }}\", \"parameters\": {{ f.arguments | tojson }}}"
         "{% else %}{{ m['content'] | trim }}{% endif %}<|im_end|>\n{% endfor %}"
     ),
     "mistral": (
