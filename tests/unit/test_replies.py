@@ -150,7 +150,7 @@ def test_starting_is_all_or_nothing() -> None:
     with pytest.raises(BusyError):
         llm.open_completion(prompt="a").start()
     waits.close()
-    assert llm.generate("a", max_tokens=1)
+    assert llm.create_completion("a", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
 def test_streams_that_are_left() -> None:
@@ -167,7 +167,7 @@ def test_streams_that_are_left() -> None:
             break
 
     asyncio.run(leave())
-    assert llm.generate("a", max_tokens=1)
+    assert llm.create_completion("a", max_tokens=1)["usage"]["completion_tokens"] == 1
     assert not llm.scheduler.running and not llm.scheduler.waiting
 
 
@@ -181,7 +181,7 @@ def test_an_error_reaches_the_reader() -> None:
             llm.open_completion(prompt="a", n=n, max_tokens=50, logits_processor=broken).whole()
         with pytest.raises(HotcoldError, match="nan"):
             asyncio.run(collect(llm.open_completion(prompt="a", n=n, max_tokens=50, logits_processor=broken)))
-    assert llm.generate("a", max_tokens=1)
+    assert llm.create_completion("a", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 
 def test_response_formats() -> None:
