@@ -31,6 +31,7 @@ class Codec(Protocol):
     add_bos: bool  # used when the file does not say
     space_prefix: bool  # a space is put before each piece of text, to be taken off again when decoding
     marks_spaces: bool  # a space is U+2581, and the other way round
+    longest: int | None  # characters of a text that one token may stand for; None: any number
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of a text without special tokens; first: nothing comes before it."""
@@ -54,6 +55,7 @@ class Tokenizer:
         self._user_defined = _Splitter(vocabulary.special(USER_DEFINED), *strips)
         self._special = _Splitter(vocabulary.special(USER_DEFINED, CONTROL, UNKNOWN), *strips)
         marked = any("\u2581" in token for token in vocabulary.special(USER_DEFINED, CONTROL, UNKNOWN))
+        self._swallows = any(strips)
         self._unmark = codec.marks_spaces and not marked
         self._bytes: list[bytes | None] = [None] * self.n_vocab
 
@@ -61,6 +63,11 @@ class Tokenizer:
     def space_prefix(self) -> bool:
         """Whether a text gets a space in front before it is split (SentencePiece's dummy prefix)."""
         return self._codec.space_prefix
+
+    def most_characters(self, n_tokens: int) -> int | None:
+        """A length that no text of so many tokens exceeds; None: unknown."""
+        longest = self._codec.longest
+        return None if longest is None or self._swallows else n_tokens * longest
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = False) -> list[int]:
         """Token ids of `text`.

@@ -20,6 +20,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+LONG = 2000  # characters above which a text is encoded as a batch, which keeps no other Python thread waiting
 
 
 class ByteBPE:
@@ -40,10 +41,14 @@ class ByteBPE:
             ignore_merges=metadata.flag(OWN_IGNORE_MERGES, pre.ignore_merges), nfc=metadata.flag(OWN_NFC, pre.nfc)
         )
         self.add_bos = pre.add_bos
+        # NFC makes one character of four at most
+        self.longest: int | None = max(map(len, vocabulary.tokens), default=0) * (4 if pre.nfc else 1)
         self._tokenizer = _build(vocabulary, pre)
 
     def encode(self, text: str, first: bool = True) -> list[int]:
         """Ids of a text without special tokens."""
+        if len(text) > LONG:
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: str, kind: int) -> bytes:

@@ -51,6 +51,8 @@ class SentencePiece:
         proto.normalizer_spec.name = "identity"
         proto.normalizer_spec.add_dummy_prefix = self.space_prefix and self._prefix == "each"
         proto.normalizer_spec.remove_extra_whitespaces = metadata.flag("remove_extra_whitespaces", False)
+        swallows = proto.normalizer_spec.remove_extra_whitespaces
+        self.longest: int | None = None if swallows else max(map(len, vocabulary.tokens), default=0)
         try:
             for token, score, kind in zip(vocabulary.tokens, scores.tolist(), types, strict=True):
                 proto.pieces.add(piece=token, score=score, type=kind)

@@ -15,10 +15,12 @@ Messages = str | Sequence[Mapping[str, Any]]
 
 
 class ChatPrompt:
-    """Turns conversations into token ids for one tokenizer and template."""
+    """Turns conversations into token ids for one tokenizer and template; check_length: of a text, before it is cut."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        self.tokenizer, self.template = tokenizer, template
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, check_length: Callable[[int], None] = lambda length: None
+    ) -> None:
+        self.tokenizer, self.template, self.check_length = tokenizer, template, check_length
         self._control: re.Pattern[str] | None = None
 
     def encode(self, messages: Messages, tools: list[Any] | None = None) -> list[int]:
@@ -35,6 +37,7 @@ class ChatPrompt:
         control = self._control_pattern()
         safe = [_map_text(message, lambda text: control.sub(hide, text)) for message in checked]
         text = self.template.render(safe, add_generation_prompt=True, tools=tools)
+        self.check_length(len(text) - sum(len(name) - len(token) for name, token in hidden.items()))
         if not hidden:
             return self._with_ends(self.tokenizer.encode(text, add_bos=False, special=True))
         # Names are plain text, so what still matches is the template's: cut there, then put the texts back.

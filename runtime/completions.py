@@ -208,6 +208,11 @@ class Completions:
         """n answers to one prompt, which with a seed differ and come again."""
         found: list[Answer] = []
         for i in range(n):
+            if i == 1:  # the prompt is rendered and cut once
+                first = found[0].request
+                ask, prompt = self.ask, first.ids
+                asked = {**asked, "stop": first.stop}
+                asked.pop("tools", None)
             seed = found[0].request.params.seed if found else None
             if seed is not None and seed >= 0:
                 sampling = {**sampling, "seed": seed + i}

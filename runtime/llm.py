@@ -396,7 +396,7 @@ class LLM(Completions, Embedder, Stateful):
         """The same as `ask`, for the assistant's answer to a conversation."""
         self._check_open()
         if self._chat_prompt is None:
-            self._chat_prompt = ChatPrompt(self.tokenizer, self.template)
+            self._chat_prompt = ChatPrompt(self.tokenizer, self.template, self._check_length)
         return self.ask(
             self._chat_prompt.encode(messages, tools),
             max_tokens,
@@ -412,8 +412,18 @@ class LLM(Completions, Embedder, Stateful):
         if self.closed:
             raise ClosedError("LLM: used after close(); open the model again")
 
+    def _check_length(self, n_characters: int) -> None:
+        """ContextLengthError for a text that is too long however it is cut: tokenizing it could take minutes."""
+        most = self.tokenizer.most_characters(self.n_ctx)
+        if most is not None and n_characters > most:
+            raise ContextLengthError(
+                f"prompt: got {n_characters} characters, and the context of n_ctx = {self.n_ctx} tokens holds at most "
+                f"{most}; shorten the prompt or open the model with a larger n_ctx"
+            )
+
     def _prompt_ids(self, prompt: str | Sequence[int], special: bool) -> list[int]:
         if isinstance(prompt, str):
+            self._check_length(len(prompt))
             ids = self.tokenizer.encode(prompt, special=special)
             # an EOS that the model wants after a text would end the prompt before the answer
             if self.tokenizer.add_eos and ids[-1:] == [self.tokenizer.eos_id]:

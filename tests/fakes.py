@@ -34,6 +34,9 @@ class FakeTokenizer:
     def __init__(self, bos: int | None = BOS, eos: int | None = END, add_eos: bool = False) -> None:
         self.bos_id, self.eos_id, self.add_bos, self.add_eos = bos, eos, bos is not None, add_eos
 
+    def most_characters(self, n_tokens: int) -> int:
+        return 13 * n_tokens
+
     def encode(self, text: str, add_bos: bool | None = None, special: bool = False) -> list[int]:
         ids: list[int] = []
         while text:

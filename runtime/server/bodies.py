@@ -87,7 +87,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     if values > MAX_VALUES:
         raise _malformed(f"the body has more than {MAX_VALUES} values, which is the limit")
     try:
-        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        data = json.loads(text, parse_constant=_refuse_constant, parse_float=_number)
     except (ValueError, RecursionError) as error:
         raise _malformed(f"the body is no valid JSON: {error}") from None
     if not isinstance(data, dict):
@@ -118,11 +118,12 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _finite(text: str) -> float:
+def _number(text: str) -> float:
+    """A number with a point or an exponent; 1.0 is an integer, as JSON schemas have it."""
     value = float(text)
     if math.isinf(value):
         raise ValueError(f"{text[:20]} is no finite number")
-    return value
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def _malformed(message: str) -> APIError:

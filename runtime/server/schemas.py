@@ -10,6 +10,7 @@ MAX_N = 128  # answers to one request
 MAX_STOPS = 32
 MAX_INPUTS = 2048  # texts in one request for embeddings, as OpenAI has it
 MAX_BIASES = 4096
+MAX_TURNS = 10_000
 
 
 def _few(biases: Any) -> Any:
@@ -105,7 +106,7 @@ class Message(Schema):
     """One turn of a conversation."""
 
     role: Text
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_TURNS, fail_fast=True)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
@@ -176,7 +177,7 @@ Choice = Literal["none", "auto", "required"]
 class ChatRequest(Sampling):
     """A conversation to be answered."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -240,17 +241,17 @@ class Item(Schema):
 
     type: str | None = None
     role: Text | None = None
-    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_TURNS, fail_fast=True)] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    output: str | Annotated[list[Part], Field(max_length=MAX_TURNS, fail_fast=True)] | None = None
 
 
 class ResponsesRequest(Schema):
     """A conversation to be answered, for /v1/responses; nothing is kept between requests."""
 
-    input: str | Annotated[list[Item], Field(min_length=1, fail_fast=True)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None

@@ -151,6 +151,7 @@ def test_a_checked_body_gives_the_fields_that_are_known() -> None:
         ({"messages": [CHAT["messages"][0], {"role": "user", "content": [5]}]}, "messages[1].content[0]"),
         ({"n": "5"}, "n"),
         ({"n": 1.5}, "n"),
+        ({"seed": 1e300}, "seed"),
         ({"n": True}, "n"),
         ({"n": 129}, "n"),
         ({"temperature": "0"}, "temperature"),
@@ -175,6 +176,24 @@ def test_a_wrong_field_is_named(change: dict[str, Any], param: str) -> None:
     error = refused(bodies.checked, json.dumps({**CHAT, **change}).encode(), schemas.ChatRequest)
     assert (error.status, error.code, error.param) == (400, "invalid_value", param)
     assert error.message.startswith(f"{param}: ")
+
+
+def test_a_whole_number_is_an_integer_however_it_is_written() -> None:
+    raw = b'{"messages": [{"role": "user", "content": "x"}], "n": 2.0, "seed": 1e3, "temperature": 1.0, "top_p": 0.5}'
+    given = bodies.checked(raw, schemas.ChatRequest)[1]
+    assert {name: given[name] for name in ("n", "seed", "temperature", "top_p")} == {
+        "n": 2, "seed": 1000, "temperature": 1, "top_p": 0.5
+    }  # fmt: skip
+    assert isinstance(given["n"], int) and isinstance(given["seed"], int)
+
+
+def test_zero_is_no_false() -> None:
+    for background, right in ((False, True), (None, True), (0, False), (True, False)):
+        body = json.dumps({"input": "x", "background": background}).encode()
+        if right:
+            bodies.checked(body, schemas.ResponsesRequest)
+        else:
+            assert refused(bodies.checked, body, schemas.ResponsesRequest).param == "background"
 
 
 @pytest.mark.parametrize("prompt", ["x", "", ["x", "y"], [1, 2], [[1], [2, 3]]])

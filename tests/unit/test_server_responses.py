@@ -110,7 +110,7 @@ def test_a_text_as_a_response() -> None:
     (item,) = whole["output"]
     assert (item["type"], item["role"], item["status"]) == ("message", "assistant", "completed")
     assert item["content"] == [{"type": "output_text", "text": "hello", "annotations": [], "logprobs": []}]
-    assert whole["usage"]["input_tokens"] == 3 and whole["usage"]["input_tokens_details"] == {"cached_tokens": 1}
+    assert whole["usage"]["input_tokens"] == 3 and whole["usage"]["input_tokens_details"]["cached_tokens"] == 1
     assert whole["usage"]["output_tokens"] == 2 and whole["usage"]["total_tokens"] == 5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotcold.formats.errors import FormatError, HotcoldError, ParameterError, UnsupportedError
+from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.pre_tokenizers import PRE_TOKENIZERS
 from hotcold.formats.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
@@ -485,3 +487,16 @@ def test_libraries_load_late() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_text_is_longer_than_its_tokens_may_be(tiny_model: Callable[..., Path]) -> None:
+    for kind in ("gpt2", "llama"):
+        with GGUFFile(tiny_model(tokenizer=kind)) as file:
+            tokenizer = load_tokenizer(file)
+        texts = ("the hello world " * 500, "hello" * 700, "\u4e16\U0001f600" * 900, " " * 3000, "<|im_end|>" * 300)
+        for text in texts:
+            for special in (False, True):
+                ids = tokenizer.encode(text, add_bos=False, special=special)
+                most = tokenizer.most_characters(len(ids))
+                assert most is not None and len(text) <= most
+                assert tokenizer.decode(ids, special=True) == text  # long texts take another way
