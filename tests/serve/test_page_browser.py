@@ -6,12 +6,14 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import Page, find_chromium, open_browser
 from page_server import PageServer, Reply, serve
+from serve_process import KEY, Served
 
 from hotcold.runtime.server.page import FOLDER, HEADERS
 
@@ -85,7 +87,7 @@ def test_an_answer_streams(page: Page, server: PageServer) -> None:
     (body,) = server.asked
     assert body == {
         "model": "smollm2", "messages": [{"role": "user", "content": "Hi\tthere"}],
-        "stream": True, "stream_options": {"include_usage": True},
+        "repeat_penalty": 1.1, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     assert page.run("document.activeElement.id") == "input"
     say(page, "And then?")
@@ -176,11 +178,11 @@ def test_again_and_edit(page: Page, server: PageServer) -> None:
 def test_parameters(page: Page, server: PageServer) -> None:
     values = {
         "system": "Be brief.", "temperature": "0.5", "top_p": "0.9", "top_k": "40", "min_p": "0.05", "max_tokens": "64",
-        "seed": "7", "repeat_penalty": "1.1",
+        "seed": "7", "repeat_penalty": "1.2",
     }  # fmt: skip
     click(page, "#settings-open")
     for name, value in values.items():
-        page.run(f"document.getElementById('p-{name}').focus()")
+        page.run(f"document.getElementById('p-{name}').select()")
         page.type(value)
     page.press("Escape")
     assert page.run("document.getElementById('settings').hidden")
@@ -200,7 +202,7 @@ def test_parameters(page: Page, server: PageServer) -> None:
     assert len(server.asked) == 1
     click(page, "#defaults")
     say(page, " you")
-    assert set(server.asked[1]) == {"model", "messages", "stream", "stream_options"}
+    assert set(server.asked[1]) == {"model", "messages", "repeat_penalty", "stream", "stream_options"}
 
 
 def test_models(browser: Page, server: PageServer) -> None:
@@ -213,7 +215,7 @@ def test_models(browser: Page, server: PageServer) -> None:
     browser.run(f"{choose}(document.getElementById('model'))")
     say(browser, "Hi")
     assert server.asked[0]["model"] == "<b>two</b>"
-    assert shown(browser, ".assistant footer").startswith("<b>two</b> · 1 token")
+    assert shown(browser, ".assistant footer")== "1 token · <b>two</b>"
     browser.open(server.url + "?again")
     browser.until("!document.getElementById('model').disabled")
     assert browser.run("document.getElementById('model').value") == "<b>two</b>"
@@ -397,3 +399,33 @@ def test_shift_enter_and_input_methods(page: Page, server: PageServer) -> None:
     page.press("Enter")
     page.until("document.body.innerText.includes('Hello')")
     assert server.asked[0]["messages"][0]["content"] == "one\ntwo"
+
+
+def test_against_the_server_itself(browser: Page, tiny_model: Callable[..., Path]) -> None:
+    """The key is asked for, the answer is the API's, and one that is stopped leaves nothing behind in the server."""
+    with Served(tiny_model(n_ctx_train=2048, seed=6), "--ctx", "2048", "--threads", "2") as server:
+        browser.look()
+        browser.open(server.url)
+        browser.until("document.getElementById('ask-key').open")
+        browser.problems.clear()
+        browser.requests.clear()
+        browser.type(KEY)
+        browser.press("Enter")
+        browser.until("!document.getElementById('model').disabled")
+        settings = {"temperature": 0, "max_tokens": 20, "repeat_penalty": 1.1}
+        for name, value in settings.items():
+            browser.run(f"document.getElementById('p-{name}').value = '{value}'")
+        say(browser, "hello world")
+        body = {"messages": [{"role": "user", "content": "hello world"}], **settings}
+        _, wanted = server.get("/v1/chat/completions", body)
+        kept = browser.run("Object.entries(localStorage).find(([key]) => key.startsWith('hotcold.chat.'))[1]")
+        (_, answer) = json.loads(kept)["messages"]
+        assert answer["content"] == wanted["choices"][0]["message"]["content"]
+        assert answer["note"]["tokens"] == wanted["usage"]["completion_tokens"]
+        browser.run("document.getElementById('p-max_tokens').value = ''")
+        say(browser, "again", wait=False)
+        browser.until("document.querySelectorAll('.assistant .body')[1]?.innerText.length > 10")
+        click(browser, "#stop")
+        assert server.settled().running == 0
+        assert browser.problems == []
+        assert all(url.startswith(server.url) for url in browser.requests)

@@ -25,12 +25,12 @@ const status = (text) => void ($("status").textContent = text);
 
 function noteOf({ tokens, seconds, wait, finish, model }) {
   const parts = [];
-  if ($("model").options.length > 1 && model) parts.push(model);
   if (tokens !== null && tokens !== undefined) parts.push(tokens === 1 ? "1 token" : `${tokens} tokens`);
   if (tokens > 1 && seconds > 0) {
     const speed = (tokens - 1) / seconds;
     parts.push(`${speed.toFixed(speed < 100 ? 1 : 0)} tok/s`);
   }
+  if ($("model").options.length > 1 && model) parts.push(model);
   if (finish === "length") parts.push("ended at the token limit");
   if (finish === "stopped") parts.push("stopped");
   if (finish === "lost") parts.push("broke off");

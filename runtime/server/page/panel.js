@@ -63,7 +63,7 @@ export function askForKey() {
 /** Wire the panel; changedKey is called when another key was entered. */
 export function startPanel(changedKey) {
   for (const field of form.elements) {
-    if (field.name) field.value = settings.get()[field.name] ?? "";
+    if (field.name) field.value = settings.get()[field.name] ?? field.defaultValue;
     field.addEventListener("input", () => field.setAttribute("aria-invalid", String(!field.checkValidity())));
   }
   form.addEventListener("input", keep);
