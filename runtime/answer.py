@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from ..formats.errors import ContextLengthError, ParameterError
 from ..formats.tokenizer import StreamDecoder, Tokenizer
 from .sampler import Sampler, SamplingParams, check_int, log_softmax, top_ids
+from .scheduler import wake
 from .stats import Stats
 from .stops import StopMatcher
 
 if TYPE_CHECKING:
     import asyncio
 
-    from .scheduler import Job, Scheduler
+    from .batch import Job
+    from .scheduler import Scheduler
     from .usage import Usage
 
 UNREAD = 32  # pieces that nobody has read, after which an answer pauses
@@ -108,7 +110,9 @@ class Answer:
         self._prompt_text, self._prompt_offset = StreamDecoder(tokenizer), 0
         self._pieces: deque[Piece] = deque()
         self._job: Job | None = None
-        self._waker: tuple[asyncio.AbstractEventLoop, Callable[[], None]] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._woken: Callable[[], None] = lambda: None
+        self._awaited = False
         self._usage: Usage | None = None
         self._asked = 0.0
 
@@ -124,8 +128,7 @@ class Answer:
         self.start()
         try:
             while True:
-                if self._job is not None:
-                    self._scheduler.advance(self._job)
+                self._scheduler.advance(self)
                 while self._pieces:
                     yield self._pieces.popleft()
                 if self.ended and not self._pieces:
@@ -139,24 +142,24 @@ class Answer:
         import asyncio  # who needs it has it
 
         self.start()
-        self._scheduler.run_in_background()
-        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
+        self._loop, self._woken = asyncio.get_running_loop(), woken.set
         try:
             while True:
-                paused = not self.room
                 while self._pieces:
                     yield self._pieces.popleft()
                 if self.ended and not self._pieces:
                     break
-                woken = asyncio.Event()
-                self._waker = loop, woken.set
+                woken.clear()
+                self._awaited = True  # from here on, who makes it readable calls
                 if not self.readable:
-                    if paused:
-                        self._scheduler.nudge()
+                    self._scheduler.run_in_background()
                     await woken.wait()
+                self._awaited = False
             if self.error is not None:
                 raise self.error
         finally:
+            self._loop = None
             self.close()
 
     def close(self) -> None:
@@ -165,12 +168,7 @@ class Answer:
         self.ended = True
         if job is not None:
             self._scheduler.cancel(job)
-        self._wake()
-
-    def _wake(self) -> None:
-        for loop, wake in self.take_wakers():
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(wake)
+        wake([self])
 
     # --- the scheduler ---
 
@@ -194,25 +192,28 @@ class Answer:
         """Tokens that it may still have."""
         return self._limit - len(self.tokens)
 
-    def take_wakers(self) -> list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]]:
-        """Whom to call when there is something to read, once."""
-        waker = self._waker
-        if waker is None or not self.readable:
-            return []
-        self._waker = None
-        return [waker]
+    @property
+    def abandoned(self) -> bool:
+        """Whether the event loop that it was read in is closed."""
+        loop = self._loop
+        return loop is not None and loop.is_closed()
 
-    def take_prompt(self, rows: NDArray[np.float32]) -> None:
-        """Logits [n, n_vocab] of the next n tokens of the prompt, each for the token after it."""
+    def waker(self) -> tuple[asyncio.AbstractEventLoop, Callable[[], None]] | None:
+        """Whom to call, and in which loop, because there is something to read."""
+        loop = self._loop
+        return (loop, self._woken) if loop is not None and self._awaited and self.readable else None
+
+    def take_prompt(self, rows: NDArray[np.float32], first: int) -> None:
+        """Logits [n, n_vocab] of n tokens of the prompt from the first on, each for the token after it."""
         ids, n_top, scores = self.request.ids, self.request.logprobs, self.prompt_scores
         if n_top is None:
             return
         if not scores:
             scores.append(TokenScore(ids[0], None, [], 0))
             self._prompt_offset += len(self._prompt_text.push(ids[0]))
-        for row in rows:
-            if len(scores) < len(ids):
-                token = ids[len(scores)]
+        for place, row in enumerate(rows, first + 1):
+            if place == len(scores) < len(ids):  # some may come again
+                token = ids[place]
                 scores.append(score(row, token, n_top, self._prompt_offset))
                 self._prompt_offset += len(self._prompt_text.push(token))
 
@@ -221,8 +222,9 @@ class Answer:
         if self.ended:
             return
         try:
-            if self._usage is None:
-                self._usage = self._scheduler.engine.usage
+            engine = self._scheduler.engine
+            if self._usage is None and (engine.plan is not None or engine.config.n_expert):
+                self._usage = engine.usage
             if self._limit == 0:
                 return self._finish("length")
             token = self._choose(logits)

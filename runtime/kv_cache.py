@@ -126,6 +126,7 @@ class Sequence:
         held = len(self.tokens)
         if held % KV_BLOCK:
             return 0
+        self.truncate(held)  # room that an interrupted step reserved
         blocks, count = cache.prefixes.find(ids, len(ids) - 1)
         for block in blocks[held // KV_BLOCK :]:
             self._append(cache.hold(block))
@@ -145,10 +146,11 @@ class Sequence:
             raise ContextLengthError(
                 f"{wanted} tokens do not fit the context of {self._n_ctx}; shorten the text or raise n_ctx"
             )
-        if len(self.tokens) % KV_BLOCK and cache.holders(self._blocks[-1]) > 1:  # others read it: write to a copy
-            shared, own = self._blocks[-1], cache.take()
+        begun = len(self.tokens) // KV_BLOCK
+        if len(self.tokens) % KV_BLOCK and cache.holders(self._blocks[begun]) > 1:  # others read it: write to a copy
+            shared, own = self._blocks[begun], cache.take()
             cache.copy(shared, own)
-            self._blocks[-1] = self.table[len(self._blocks) - 1] = own
+            self._blocks[begun] = self.table[begun] = own
             cache.give([shared])
         while len(self._blocks) * KV_BLOCK < wanted:
             self._append(cache.take(self._guest))

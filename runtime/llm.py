@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, closing
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from ..formats.tokenizer import Tokenizer, load_tokenizer
 from .answer import Answer, Constraint, Processor, Request, check_callables, check_max_tokens, check_stop
 from .chat_prompt import ChatPrompt, Messages
 from .completions import Completions
+from .cpu.layout import KV_BLOCK
 from .embedding import Embedder
 from .sampler import PARAM_NAMES, SamplingParams, check_ids, check_int, reject_unknown
 from .scheduler import Scheduler
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..formats.config import ModelConfig
     from ..formats.section import Placement
     from .engine import Engine
+    from .kv_cache import Sequence as Tokens
     from .lora import Wanted
     from .trace import Trace
 
@@ -154,7 +156,7 @@ class LLM(Completions, Embedder, Stateful):
         self._seed = seed
         self.scheduler = Scheduler(engine, *serving)
         self.embedding = Turn()
-        self._last: Answer | None = None
+        self._last: Stats | None = None  # not the answer, which ends when nobody holds it
 
     @property
     def template(self) -> ChatTemplate:
@@ -296,7 +298,7 @@ class LLM(Completions, Embedder, Stateful):
                 "pass fewer or open the model with a larger n_ctx"
             )
         found = np.empty((len(checked), self.n_vocab), np.float32)
-        with closing(self.engine.new_sequence()) as sequence:
+        with self.embedding, self._guest(len(checked)) as sequence:
             for start in range(0, len(checked), _ROWS):
                 part = checked[start : start + _ROWS]
                 with self.scheduler.exclusive() as engine:  # others have their steps in between
@@ -305,7 +307,7 @@ class LLM(Completions, Embedder, Stateful):
 
     def stats(self) -> Stats:
         """Token counts and seconds of the answer asked for last (a stream's are complete when it has ended)."""
-        return self._last.stats if self._last else Stats(n_ctx=self.n_ctx)
+        return self._last or Stats(n_ctx=self.n_ctx)
 
     def close(self) -> None:
         """Wait for the step in progress, then free the model; streams end there, with ClosedError for their readers.
@@ -364,7 +366,7 @@ class LLM(Completions, Embedder, Stateful):
             from .grammar import constraint as make  # who asks for none shall not wait for it
 
             constraint = make(self.tokenizer, schema=schema, regex=regex, grammar=grammar)
-        self._last = Answer(
+        answer = Answer(
             self.scheduler,
             self.tokenizer,
             Request(
@@ -379,7 +381,8 @@ class LLM(Completions, Embedder, Stateful):
                 prompt_logprobs=prompt_logprobs and logprobs is not None,
             ),
         )
-        return self._last
+        self._last = answer.stats
+        return answer
 
     def ask_chat(
         self,
@@ -407,6 +410,17 @@ class LLM(Completions, Embedder, Stateful):
             fallback=fallback,
             **sampling,
         )
+
+    @contextmanager
+    def _guest(self, n_tokens: int) -> Iterator[Tokens]:
+        """A sequence beside those of answers."""
+        with self.scheduler.exclusive() as engine:
+            sequence = engine.new_sequence(guest=n_tokens <= engine.cache.n_spare * KV_BLOCK)
+        try:
+            yield sequence
+        finally:
+            with self.scheduler.steps:
+                sequence.close()
 
     def _check_open(self) -> None:
         if self.closed:

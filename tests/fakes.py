@@ -96,14 +96,15 @@ class FakeEngine:
     def __init__(self, next_token: Callable[[list[int]], int | None], n_ctx: int = 200, **sampling: float) -> None:
         self.next_token, self.n_ctx, self.n_vocab = next_token, n_ctx, N_VOCAB
         self.file = SimpleNamespace(path=Path("fake.gguf"), metadata={})
-        self.config = SimpleNamespace(sampling=sampling)
+        self.config = SimpleNamespace(sampling=sampling, n_expert=0)
         self.calls: list[int] = []
         self.busy = threading.Lock()
         self.closed = False
         self.usage, self.plan, self.max_rows = Usage(), None, 32
+        self.cache = SimpleNamespace(n_spare=0)
         self.known: list[list[int]] = []
 
-    def new_sequence(self) -> FakeSequence:
+    def new_sequence(self, guest: bool = False) -> FakeSequence:
         return FakeSequence(self.known)
 
     def row(self, tokens: list[int]) -> np.ndarray:
