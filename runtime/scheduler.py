@@ -56,12 +56,12 @@ class Scheduler:
         with self._state:
             if self.closed:
                 raise ClosedError("LLM: used after close(); open the model again")
-            room = max(0, self.n_parallel - len(self.running))
-            if self.n_queue is not None and len(self.waiting) >= room + self.n_queue:
-                raise BusyError(
-                    f"{len(self.running)} answers are running and {len(self.waiting)} waiting, which is the most; "
-                    "ask again later"
-                )
+            if self.n_queue is not None and len(self.running) + len(self.waiting) >= self.n_parallel + self.n_queue:
+                n_running, n_waiting = (sum(not job.over for job in jobs) for jobs in (self.running, self.waiting))
+                if n_running + n_waiting >= self.n_parallel + self.n_queue:
+                    raise BusyError(
+                        f"{n_running} answers are running and {n_waiting} waiting, which is the most; ask again later"
+                    )
             self.waiting.append(job)
         return job
 

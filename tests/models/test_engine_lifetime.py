@@ -88,7 +88,7 @@ def test_a_dropped_model_takes_its_threads_along(tiny_model: Make, kind: type) -
     assert not sys.platform.startswith("linux") or not mapped(path)
 
 
-@pytest.mark.parametrize("kept", ["llm", "llm.engine", "llm.stream('a')", "next(s := llm.stream('a'))"])
+@pytest.mark.parametrize("kept", ["llm", "llm.engine", "llm.stream('a')", "next(s := llm.stream('a', seed=1))"])
 def test_the_interpreter_may_end_with_a_model_open(tiny_model: Make, kept: str) -> None:
     code = f"""
 import sys
@@ -122,6 +122,31 @@ print("end")
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_the_interpreter_may_end_while_the_background_thread_computes(tiny_model: Make, n_threads: int) -> None:
+    code = f"""
+import asyncio
+from hotcold import LLM
+llm = LLM({str(tiny_model(n_ctx_train=10**6))!r}, n_threads={n_threads}, n_ctx=10**5)
+
+async def main():
+    answers = [llm.ask([i] * 5, logits_processor=lambda ids, scores: scores) for i in range(5, 8)]
+    prompts = [llm.ask([i] * 9000) for i in range(5, 8)]
+    for answer in (*answers, *prompts):
+        answer.start()
+    kept.extend((answers, prompts))
+    async for piece in answers[0]:
+        break
+
+kept = []
+asyncio.run(main())
+llm.scheduler.run_in_background()
+print("end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_computes_the_same(tiny_model: Make) -> None:
     code = f"""
@@ -149,7 +174,23 @@ def computes():
     return right
 
 fork(computes)
-stream = llm.stream("a", logits_processor=lambda ids, scores: scores)
+wanted_text, begun = llm.generate("a", max_tokens=5, seed=1), llm.stream("a", max_tokens=90, seed=1)
+next(begun)
+
+def answers():
+    try:
+        "".join(begun)
+    except HotcoldError as error:
+        return "forked" in str(error) and llm.generate("a", max_tokens=5, seed=1) == wanted_text
+
+fork(answers)
+"".join(begun)
+held, go = threading.Event(), threading.Event()
+
+def hold(ids, scores):
+    held.set()
+    go.wait(60)
+    return scores
 
 def is_refused():
     try:
@@ -157,13 +198,15 @@ def is_refused():
     except HotcoldError as error:
         return "fork" in str(error)
 
-held = threading.Thread(target=lambda: next(stream))
-held.start()
-held.join()
+other = threading.Thread(target=lambda: llm.generate("a", max_tokens=1, logits_processor=hold))
+other.start()
+held.wait(60)
 child = os.fork()
 if child == 0:
     os._exit(0 if is_refused() else 2)
 assert os.waitpid(child, 0)[1] == 0
+go.set()
+other.join()
 print("end")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
