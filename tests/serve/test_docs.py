@@ -23,6 +23,7 @@ from serve_process import Served
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
+    "library.md": ["pydantic", "llguidance"],
     "llm.md": ["llm", "llguidance"],
     "server.md": ["openai", "pydantic", "fastapi"],
     "langchain.md": ["langchain_openai", "fastapi"],
