@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import FastAPI
@@ -61,7 +60,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         body, given = await bodies.receive(request, schemas.ChatRequest, limit)
         model, llm = service.pick(body.model)
-        reply = await asyncio.to_thread(llm.open_chat, **{**given, "model": model})
+        reply = await service.prepare(llm.open_chat, **{**given, "model": model})
         reply.start()
         return (Stream if body.stream else Whole)(service, model, reply)
 
@@ -70,7 +69,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Continue a prompt."""
         body, given = await bodies.receive(request, schemas.CompletionRequest, limit)
         model, llm = service.pick(body.model)
-        reply = await asyncio.to_thread(llm.open_completion, **{**given, "model": model})
+        reply = await service.prepare(llm.open_completion, **{**given, "model": model})
         reply.start()
         return (Stream if body.stream else Whole)(service, model, reply)
 
@@ -82,7 +81,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         wanted = {**responses.chat_request(given), "model": model}
         if body.stream:
             wanted |= {"stream": True, "stream_options": {"include_usage": True}}
-        reply = await asyncio.to_thread(llm.open_chat, **wanted)
+        reply = await service.prepare(llm.open_chat, **wanted)
         reply.start()
         response = responses.Response(given, model, reply.created)
         if body.stream:
@@ -131,7 +130,7 @@ def _add_small(app: FastAPI, service: Service) -> None:
         """Cut a text into tokens."""
         body, _ = await bodies.receive(request, schemas.TokenizeRequest, limit)
         _, llm = service.pick(body.model)
-        ids = await asyncio.to_thread(llm.tokenize, body.content, body.add_special, body.parse_special)
+        ids = await service.prepare(llm.tokenize, body.content, body.add_special, body.parse_special)
         return JSONResponse({"tokens": small.pieces(llm.tokenizer, ids) if body.with_pieces else ids})
 
     @app.post("/detokenize", **_documented(schemas.DetokenizeRequest, shapes.Content))
@@ -139,7 +138,7 @@ def _add_small(app: FastAPI, service: Service) -> None:
         """Put tokens together."""
         body, _ = await bodies.receive(request, schemas.DetokenizeRequest, limit)
         _, llm = service.pick(body.model)
-        text = await asyncio.to_thread(llm.detokenize, body.tokens, True)
+        text = await service.prepare(llm.detokenize, body.tokens, True)
         return JSONResponse({"content": text})
 
 

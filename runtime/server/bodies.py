@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from .failures import APIError
 
 MAX_DEPTH = 64  # of lists and objects within each other: templates and schemas walk them by recursion
 MAX_VALUES = 1 << 20  # one byte of JSON may cost a hundred of Python's
-IDLE_S = 30.0  # between two pieces of a body
+IDLE_S, TOTAL_S = 30.0, 600.0  # between two pieces of a body, and for all of it
 LINGER = 8  # times the limit are read and thrown away, so that a client that writes first reads the refusal
 THREAD_BYTES = 1 << 14  # bodies above are parsed beside the event loop
 
@@ -32,14 +33,15 @@ async def read(request: Request, limit: int) -> bytes:
     )  # fmt: skip
     if length > limit and (length > LINGER * limit or "expect" in request.headers):
         raise too_large
-    parts, size = bytearray(), 0
+    parts, size, end = bytearray(), 0, time.monotonic() + TOTAL_S
     while True:
         try:
-            message = await asyncio.wait_for(request.receive(), IDLE_S)
+            message = await asyncio.wait_for(request.receive(), min(IDLE_S, end - time.monotonic()))
         except asyncio.TimeoutError:
             raise APIError(
-                408, f"body: nothing came for {IDLE_S:g} s", code="request_timeout", headers={"Connection": "close"}
-            ) from None
+                408, f"body: got {size} bytes, and then nothing for {IDLE_S:g} s, or not all in {TOTAL_S:g} s",
+                code="request_timeout", headers={"Connection": "close"},
+            ) from None  # fmt: skip
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         piece = message.get("body", b"")

@@ -9,10 +9,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ...formats.errors import HotcoldError
 from .failures import RETRY_S, APIError, shutting_down, unknown_model
@@ -21,8 +22,10 @@ from .metrics import Metrics
 if TYPE_CHECKING:
     from ..llm import LLM
 
+T = TypeVar("T")
 MIB = 1 << 20
 EMBEDDING = 4  # requests for embeddings at work at once, which take turns
+PREPARING = 4  # prompts that are cut, or grammars that are compiled, at once
 
 
 class Ending(Protocol):
@@ -67,6 +70,7 @@ class Service:
         self.live: set[Ending] = set()
         self.embedding, self.n_embedding = ThreadPoolExecutor(EMBEDDING, "hotcold-embed"), 0
         self.metrics = Metrics(self.models)
+        self._preparing = ThreadPoolExecutor(PREPARING, "hotcold-prepare")
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     def put(self, name: str, llm: LLM) -> None:
@@ -98,6 +102,11 @@ class Service:
             raise APIError(400, f"model: got none, wanted one of {', '.join(self.names)}", param="model")
         raise unknown_model(name, self.names)
 
+    async def prepare(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """What `call` returns, computed beside the event loop; other threads stay free for what is ready to be sent."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._preparing, partial(call, *arguments, **named))
+
     def knows(self, key: bytes) -> bool:
         """Whether this is one of the keys, in a time that tells nothing about them."""
         given = hashlib.sha256(key).digest()
@@ -106,6 +115,8 @@ class Service:
     def stop(self) -> None:
         """Take nothing more, and end what waits; what runs has the grace time."""
         self.stopping = True
+        if self.live:
+            log(f"ends, and waits up to {self.settings.grace:g} s for what runs; a second signal ends it at once")
         for one in list(self.live):
             if one.waits:
                 one.end()

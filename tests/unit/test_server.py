@@ -6,6 +6,7 @@ import base64
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from serving import USER, Serving, make, serving
 from hotcold.formats.errors import ParameterError
 from hotcold.runtime.server.process import check_exposure
 from hotcold.runtime.server.service import Settings
+from hotcold.tools import serve
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +296,22 @@ def test_a_public_address_needs_a_key() -> None:
         check_exposure(Settings(host=host))
     with pytest.raises(ParameterError, match="no.such.host.invalid"):
         check_exposure(Settings(host="no.such.host.invalid"))
+
+
+def test_names_and_keys_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOTCOLD_API_KEY", raising=False)
+    models = ["a/Model.Q4.gguf", "smollm2", "hf:org/repo/x.gguf"]
+    assert serve.names(models, []) == ["Model.Q4", "smollm2", "x"]
+    assert serve.names(models, ["one", "two"]) == ["one", "two", "x"]
+    for given, aliases in ((["a.gguf", "b/a.gguf"], []), (["a"], ["x", "y"]), (["a", "b"], ["b"]), (["a"], [""])):
+        with pytest.raises(ParameterError, match="--alias"):
+            serve.names(given, aliases)
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    monkeypatch.setenv("HOTCOLD_API_KEY", "three")
+    assert serve.keys(["four"], tmp_path / "keys") == ("four", "three", "one", "two")
+    for wrong in ("", " ", "a\nb", "\u00e9"):
+        with pytest.raises(ParameterError, match="--api-key"):
+            serve.keys([wrong], None)
 
 
 # the page and the documents

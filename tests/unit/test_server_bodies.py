@@ -70,9 +70,16 @@ def test_a_client_that_leaves_or_stalls(monkeypatch: pytest.MonkeyPatch) -> None
     async def never() -> Any:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(bodies, "IDLE_S", 0.01)
-    error = refused(asyncio.run, bodies.read(Request({"type": "http", "method": "POST", "headers": []}, never), 10))
-    assert (error.status, error.code) == (408, "request_timeout")
+    async def drip() -> Any:
+        await asyncio.sleep(0.001)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    scope = {"type": "http", "method": "POST", "headers": []}
+    for receive, limit in ((never, "IDLE_S"), (drip, "TOTAL_S")):
+        with monkeypatch.context() as patch:
+            patch.setattr(bodies, limit, 0.02)
+            error = refused(asyncio.run, bodies.read(Request(scope, receive), 10**6))
+            assert (error.status, error.code) == (408, "request_timeout")
 
 
 # parsing
