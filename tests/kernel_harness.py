@@ -30,7 +30,7 @@ KERNELS = [
     *(f"{family}:{kind}" for family in ("matmul", "embed", "rows", "down", "matmul_t", "experts") for kind in TYPES),
 ]
 _GUARD = 256  # bytes on each side of a buffer
-_SLOTS = 24  # int64 slots of an argument record, as the engine has them
+_SLOTS = 32  # int64 slots of an argument record, as the engine has them
 SCRATCH = 1 << 20  # bytes a thread: far more than the sizes here need
 
 # Where a block's scales and minima are; the rest of its bytes are quants.

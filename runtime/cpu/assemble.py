@@ -14,7 +14,7 @@ from . import jit
 from .buffers import Buffers
 from .layout import Choice, Row
 
-_SLOTS = 24  # int64 slots of a record
+_SLOTS = 32  # int64 slots of a record
 
 
 class Tape:

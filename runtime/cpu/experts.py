@@ -36,8 +36,8 @@ def build(family: str, variant: str) -> Any:
         )
         row_bytes, chunk = i64_at(args + args_of.row_bytes), i64_at(args + args_of.chunk)
         items, pairs = i64_at(args + args_of.items), i64_at(args + args_of.pairs)
-        xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
-        xn, xs, xf = i64_at(args + args_of.xn), i64_at(args + args_of.xs), i64_at(args + args_of.xf)
+        xq, ld = i64_at(args + args_of.xq), i64_at(args + args_of.ld)
+        ln, ls, xf = i64_at(args + args_of.ln), i64_at(args + args_of.ls), i64_at(args + args_of.xf)
         per_item = (n + chunk - 1) // chunk
         n_chunks = n_items * per_item
         matrix = n * row_bytes
@@ -62,7 +62,7 @@ def build(family: str, variant: str) -> Any:
                     if pairs != 0:
                         o = i32_at(pairs + at * 4) * k
                     if quantised:
-                        value = row_dot(row, xq + o, xd + o, xn + o, xs + o, k, later)
+                        value = row_dot(row, xq + o, ld + o, ln + o, ls + o, k, later)
                     else:
                         value = row_dot(row, xf + 4 * o, 0, 0, 0, k, later)
                     put_f32(out + (at * n + r) * 4, value)

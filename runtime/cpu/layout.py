@@ -2,10 +2,11 @@
 
 Activations reach a matmul *packed* in one of two ways, rows in steps of fewer than Step.tile_min tokens:
 
-rows   for each token: int8 quants [k], then for every 4 weights one lane of float32 scale
-       (xd), of int32 negated quant sum (xn) and of float32 scaled quant sum (xs).
-panels for each TOKENS tokens: quants [k / 4][TOKENS][4], float32 scales [k / 32][TOKENS]
-       (xd), scaled quant sums by 16 weights [k / 16][TOKENS] (xn) and by 32 [k / 32][TOKENS] (xs).
+rows   for each token: int8 quants [k] (xq), float32 scales [k / 32] (xd), scaled quant sums by 16 weights [k / 16] (xn)
+       and by 32 [k / 32] (xs); and for kernels of single rows, for every 4 weights one lane of float32 scale (ld), of
+       int32 negated quant sum (ln) and of float32 scaled quant sum (ls).
+panels for each TOKENS tokens: quants [k / 4][TOKENS][4], scales [k / 32][TOKENS], sums [k / 16][TOKENS] and
+       [k / 32][TOKENS].
 
 Float weights take float32 activations (xf): [k] a token, or [k][TOKENS] a panel.
 """
@@ -29,7 +30,7 @@ def arguments(name: str, fields: str) -> Any:
 
 # What a step tells the kernels: token counts, and addresses of int32 arrays with one entry a token.
 # tiles: int32 rows (first token, tokens, sequence) for attention; tables: int64 addresses of block tables.
-# tile_min: a step of fewer tokens (or outputs) is computed by rows; TILE_MIN, or what makes it rows or tiles in any case.
+# tile_min: a step of fewer tokens (or outputs) is computed by rows: TILE_MIN, or what makes it so for all or for none.
 Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots tile_min")
 # A row of the tape. It is skipped unless the int64 at address `when` (if not 0) is `want`; ticks: time spent so far.
 Row = record("Row", "kernel args barrier when want ticks")
@@ -42,26 +43,24 @@ Choice = record("Choice", "sparse count active tokens sparse_steps listed dense_
 Routing = record("Routing", "experts positions tokens pairs read unused1 unused2 unused3")
 Item = record("Item", "expert first count")  # an expert with pairs, and their positions
 
-TILE_MIN = (
-    8  # tokens from which on the tiled kernel is used, where nobody says which; also the bound of lists of neurons
-)
+TILE_MIN = 8  # tokens from which on a step is tiled, if nobody says; also the bound of lists of neurons
 ROWS_MAX = 32  # most tokens of a step by rows
 PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
 PANEL_ROWS = 16  # most weight rows in a register tile
 KV_BLOCK = 32  # tokens in a block of the KV cache
 QUERY_TILE = 8  # query tokens that share one pass over the KV cache
 
-_PACKED = "xq xd xn xs xf quantised floats"
+_ARRAYS = "xq xd xn xs ld ln ls xf"
+_PACKED = f"{_ARRAYS} quantised floats"
 MatMul = arguments(
     "MatMul",
-    "w out bias k n row_bytes out_stride count add xq xd xn xs xf chunk panels scratch scratch_bytes "
-    "routing items pairs",
+    f"w out bias k n row_bytes out_stride count add {_ARRAYS} chunk panels scratch scratch_bytes routing items pairs",
 )
 Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice routing pairs {_PACKED}")
 Route = arguments("Route", "src n n_used weights_norm here heat routing items pairs slots weights spare")
 Combine = arguments("Combine", "src out n n_used segment add slots weights")
 Select = arguments("Select", "src n low high top cut list picked choice limit")
-Rows = arguments("Rows", "w out bias k row_bytes out_stride list choice parts ahead gates threshold xq xd xn xs xf")
+Rows = arguments("Rows", f"w out bias k row_bytes out_stride list choice parts ahead gates threshold {_ARRAYS}")
 Down = arguments("Down", "w out h h_stride n row_bytes list choice parts ahead")
 AddParts = arguments("AddParts", "sums out bias add n parts")
 Norm = arguments(
@@ -86,9 +85,12 @@ def packed_bytes(k: int, tokens: int, quantised: bool, rows: int = ROWS_MAX) -> 
     lanes = min(tokens, rows) * k
     return {
         "xq": tokens * k,
-        "xd": max(lanes, tokens * k // 8),
-        "xn": max(lanes, tokens * k // 4),
-        "xs": max(lanes, tokens * k // 8),
+        "xd": tokens * k // 8,
+        "xn": tokens * k // 4,
+        "xs": tokens * k // 8,
+        "ld": lanes,
+        "ln": lanes,
+        "ls": lanes,
     }
 
 

@@ -67,6 +67,7 @@ def _scalar_store(arg, convert=None):
 
 
 put_f32 = _scalar_store(types.float32)
+put_i8 = _scalar_store(types.int32, lambda b, v: b.trunc(v, I8))
 put_i32 = _scalar_store(types.int32)
 put_i64 = _scalar_store(types.int64)
 

@@ -148,7 +148,7 @@ class _Lowering:
         if value not in self.prepacked:
             source = f"{value}.packed"
             self.emit_pack("pack", node, (value,), (source,), **self.buffers.packed(value))
-        return source, {key: at for key, at in self.buffers.packed(value).items() if key.startswith("x")}
+        return source, {key: at for key, at in self.buffers.packed(value).items() if key not in ("quantised", "floats")}
 
     def activate(self, node: Node) -> None:
         """act(first read) * up, if it is read too, over the first; 0 where a predictor's scores, if read, are low."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from .layout import Norm, Step
 from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, store
-from .pack import pack_span
+from .pack import arrays, pack_span
 from .simd import fma, hsum, splat_f32
 from .tape import finish, take
 from .vector import LANES
@@ -21,6 +21,7 @@ def build(family: str, variant: str) -> Any:
     are written or added there; packed they are in any case, where somebody reads that.
     """
     args_of, step_of, lanes, sqrt, layer = Norm, Step, LANES, math.sqrt, variant == "layer"
+    packed = arrays(Norm)
 
     @inline
     def mean_of(x, n):
@@ -64,9 +65,7 @@ def build(family: str, variant: str) -> Any:
         eps, gain = f64_at(args + args_of.eps), f64_at(args + args_of.gain)
         rows, out, add = i64_at(args + args_of.rows), i64_at(args + args_of.out), i64_at(args + args_of.add)
         y = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
-        xq, xd, xn = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xn)
-        xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
-        quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
+        to_arrays = packed(args)
         as_rows = n_tok < i64_at(step + step_of.tile_min)
         while True:
             t = take(args, turn, n_tok)
@@ -101,7 +100,7 @@ def build(family: str, variant: str) -> Any:
                 for i in range(k):
                     at = out + (t * k + i) * 4
                     put_f32(at, f32_at(y + i * 4) + (f32_at(at) if add != 0 else 0.0))
-            pack_span(y, 0, k, k, t, as_rows, xq, xd, xn, xs, xf, quantised, floats)
+            pack_span(y, 0, k, k, t, as_rows, to_arrays)
             finish(args)
         return n_tok
 

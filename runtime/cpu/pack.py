@@ -27,9 +27,24 @@ def quantise(src):
     return narrow_i8(round_to_i32(x * splat_f32(inverse, 32))), scale
 
 
+def arrays(args_of: Any) -> Any:
+    """(args) -> the addresses of a packed value's arrays, and whether quants and floats are wanted."""
+
+    @inline
+    def load(args):
+        xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
+        xn, xs, xf = i64_at(args + args_of.xn), i64_at(args + args_of.xs), i64_at(args + args_of.xf)
+        ld, ln, ls = i64_at(args + args_of.ld), i64_at(args + args_of.ln), i64_at(args + args_of.ls)
+        quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
+        return xq, xd, xn, xs, ld, ln, ls, xf, quantised, floats
+
+    return load
+
+
 @inline
-def pack_span(src, begin, end, k, t, rows, xq, xd, xn, xs, xf, quantised, floats):
+def pack_span(src, begin, end, k, t, rows, to):
     """Pack activations begin..end of token t, read from `src` (the address of activation 0), into rows or panels."""
+    xq, xd, xn, xs, ld, ln, ls, xf, quantised, floats = to
     panel, lane = t // _tokens, t % _tokens
     if quantised != 0:
         for i in range(begin, end, 32):
@@ -37,21 +52,22 @@ def pack_span(src, begin, end, k, t, rows, xq, xd, xn, xs, xf, quantised, floats
             ones = narrow_i8(splat_i32(1, 32))
             sums = dot4(splat_i32(0, 8), ones, q, False)
             scaled = to_f32(sums) * splat_f32(scale, 8)
+            first, second = hsum(part(scaled, 0, 4)), hsum(part(scaled, 4, 4))
             if rows:
                 at = t * k + i
                 store(xq + at, q)
-                store(xd + at, splat_f32(scale, 8))
-                store(xn + at, splat_i32(0, 8) - sums)
-                store(xs + at, scaled)
+                store(ld + at, splat_f32(scale, 8))
+                store(ln + at, splat_i32(0, 8) - sums)
+                store(ls + at, scaled)
+                block, half, next_half = at // 32, at // 16, 1
             else:
                 store_dwords(xq + (panel * k + i) * _tokens + lane * 4, q, 4 * _tokens)
                 block = (panel * (k // 32) + i // 32) * _tokens + lane
-                put_f32(xd + block * 4, scale)
-                first, second = hsum(part(scaled, 0, 4)), hsum(part(scaled, 4, 4))
-                half = (panel * (k // 16) + i // 16) * _tokens + lane
-                put_f32(xn + half * 4, first)
-                put_f32(xn + (half + _tokens) * 4, second)
-                put_f32(xs + block * 4, first + second)
+                half, next_half = (panel * (k // 16) + i // 16) * _tokens + lane, _tokens
+            put_f32(xd + block * 4, scale)
+            put_f32(xn + half * 4, first)
+            put_f32(xn + (half + next_half) * 4, second)
+            put_f32(xs + block * 4, first + second)
     if floats != 0:
         if rows:
             for i in range(begin, end):
@@ -99,7 +115,7 @@ def build(family: str, variant: str) -> Any:
     args_of, step_of, choice_of, routing_of = Pack, Step, Choice, Routing
     activate = family == "activate"
     lanes = LANES
-    neurons = neuron(variant or "relu")
+    neurons, packed = neuron(variant or "relu"), arrays(Pack)
 
     def pack(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
@@ -113,9 +129,7 @@ def build(family: str, variant: str) -> Any:
         k, stride, segment = i64_at(args + args_of.k), i64_at(args + args_of.stride), i64_at(args + args_of.segment)
         threshold = f64_at(args + args_of.threshold)
         scores, cut = i64_at(args + args_of.scores), i64_at(args + args_of.cut)
-        xq, xd, xn = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xn)
-        xs, xf = i64_at(args + args_of.xs), i64_at(args + args_of.xf)
-        quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
+        to = packed(args)
         choice = i64_at(args + args_of.choice)
         if choice != 0:
             k = i64_at(choice + choice_of.count)
@@ -153,7 +167,7 @@ def build(family: str, variant: str) -> Any:
                     mask = score + at if score != 0 else 0
                     put_f32(row + at, hsum(neurons(row + at, up, mask, cut + at, threshold, 1)))
                     i += 1
-            pack_span(row, begin, end, k, t, as_rows, xq, xd, xn, xs, xf, quantised, floats)
+            pack_span(row, begin, end, k, t, as_rows, to)
             finish(args)
         return n_chunks
 

@@ -32,8 +32,8 @@ def build(family: str, variant: str) -> Any:
         listed, ahead = i64_at(args + args_of.list), i64_at(args + args_of.ahead)
         bias = i64_at(args + args_of.bias)
         gates, threshold = i64_at(args + args_of.gates), f64_at(args + args_of.threshold)
-        xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
-        xn, xs, xf = i64_at(args + args_of.xn), i64_at(args + args_of.xs), i64_at(args + args_of.xf)
+        xq, ld = i64_at(args + args_of.xq), i64_at(args + args_of.ld)
+        ln, ls, xf = i64_at(args + args_of.ln), i64_at(args + args_of.ls), i64_at(args + args_of.xf)
         # Large chunks, as fetching begins anew in each: what is fetched beyond one would serve another thread.
         chunk = n // i64_at(args + args_of.parts) + 1
         n_chunks = (n + chunk - 1) // chunk
@@ -54,7 +54,7 @@ def build(family: str, variant: str) -> Any:
                 for t in range(n_tok):
                     o = t * k
                     if quantised:
-                        value = row_dot(w + r * row_bytes, xq + o, xd + o, xn + o, xs + o, k, later)
+                        value = row_dot(w + r * row_bytes, xq + o, ld + o, ln + o, ls + o, k, later)
                     else:
                         value = row_dot(w + r * row_bytes, xf + 4 * o, 0, 0, 0, k, later)
                     if bias != 0:
