@@ -49,13 +49,14 @@ class LLM(Completions, Embedder, Stateful):
     matter), dense, exact, threshold=D or predict. placement: what runs on the GPU (hotcold.place makes one); None: all
     runs on the CPU. n_parallel: answers that are computed at once, each with a context of n_ctx; n_queue: answers that
     may wait for that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far
-    for each that is chosen (prompt lookup); the text stays the same. lora: adapters (GGUF) as paths or pairs (path,
+    for each that is chosen (prompt lookup): the model's own choices, in fewer steps where text repeats. lora: adapters (GGUF) as paths or pairs (path,
     scale). prompt_cache: a file of what prompts began with: taken up at the start if it is there, written by close().
     trace: notes what ran when. progress: takes lines about slow steps (verbose sends them to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
     before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from
-    the cache, where they were computed one by one, and may differ by rounding from what a new LLM would say.
+    the cache, where they were computed one by one, and may differ by rounding from what a new LLM would say. Rounding
+    differs too between n_parallel = 1 without lookup, which is fastest for one answer, and all other settings.
 
     Any number of threads and tasks may call. A stream is computed as it is read, at most answer.UNREAD pieces ahead;
     one that nobody reads gives its place to others.
@@ -100,6 +101,7 @@ class LLM(Completions, Embedder, Stateful):
             sparsity=sparsity,
             placement=placement,
             n_parallel=n_parallel,
+            lookup=lookup > 0,
             trace=trace,
             lora=lora,
             progress=report,

@@ -23,7 +23,22 @@ from .loads import (
     store_quads,
 )
 from .simd import concat, fma, hsum, shl, splat_f32, splat_i32, spread, to_f32
-from .tiles import STRIP_ROWS, STRIP_VECTOR, dot4, put_strip, put_strip_nibbles, strip_bases, strip_dot, strip_f16, tile_add, tile_dot4, tile_fma, tile_hsum, tile_scale, tile_zero
+from .tiles import (
+    STRIP_ROWS,
+    STRIP_VECTOR,
+    dot4,
+    put_strip,
+    put_strip_nibbles,
+    strip_bases,
+    strip_dot,
+    strip_f16,
+    tile_add,
+    tile_dot4,
+    tile_fma,
+    tile_hsum,
+    tile_scale,
+    tile_zero,
+)
 from .vector import LANES, WIDE
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
 

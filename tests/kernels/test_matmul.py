@@ -33,12 +33,15 @@ from kernel_harness import (
 
 from hotcold.runtime.cpu.layout import MatMul, Step
 
-COUNTS = (1, 2, 7, 8, 9, 33)  # the row form up to 7
+COUNTS = (1, 2, 7, 8, 9, 33)  # by rows up to 7
 N_ROWS = (1, 5, 16, 37)
 
 
 def multiply(level: str, kind: str, raw: Array, x: Array, n_threads: int = 1, **options: Any) -> Array:
-    """Pack x and multiply: float32 (n_tok, n). Options: bias, add (what the output holds before), chunk, panels."""
+    """Pack x and multiply: float32 (n_tok, n).
+
+    Options: bias, add (what the output holds before), chunk, panels, step (fields of its record).
+    """
     n_tok, k = x.shape
     n = len(raw)
     fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
@@ -61,10 +64,10 @@ def multiply(level: str, kind: str, raw: Array, x: Array, n_threads: int = 1, **
             "add": int("add" in options),
             "chunk": options.get("chunk", 8),
             "panels": options.get("panels", 1),
-            **{name: buffer for name, buffer in fields.items() if name.startswith("x")},
+            **{name: buffer for name, buffer in fields.items() if name not in ("quantised", "floats")},
         },
     )
-    run(level, pack_op(Buffer(x), fields), product, n_threads=n_threads, n_tok=n_tok)
+    run(level, pack_op(Buffer(x), fields), product, n_threads=n_threads, n_tok=n_tok, **options.get("step", {}))
     assert np.isnan(out.array[:, n:]).all()
     return np.array(out.array[:, :n])
 
@@ -79,6 +82,42 @@ def test_product(level: str, kind: str) -> None:
             for n in N_ROWS:
                 x = inputs(kind, n_tok, k, rng)
                 assert_product(kind, raw[:n], x, multiply(level, kind, raw[:n], x))
+
+
+BY_ROWS, BY_STRIPS, BY_TILES = {"tile_min": 99}, {"tile_min": 99, "strips": 1}, {"tile_min": 0}
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_token_gets_the_same_alone_and_among_others(level: str, kind: str) -> None:
+    rng = np.random.default_rng(4)
+    for k in widths(kind):
+        raw = weights(kind, 37, k, rng)
+        x = rng.standard_normal((9, k), np.float32)
+        for step in (BY_ROWS, BY_STRIPS, BY_TILES):
+            together = multiply(level, kind, raw, x, step=step)
+            for first, last in ((0, 1), (8, 9), (1, 5), (3, 9)):
+                np.testing.assert_array_equal(
+                    together[first:last], multiply(level, kind, raw, x[first:last], step=step)
+                )
+
+
+@pytest.mark.parametrize("kind", QUANTS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_strips_give_the_numbers_of_tiles(level: str, kind: str) -> None:
+    rng = np.random.default_rng(5)
+    bias = rng.standard_normal(53, np.float32)
+    for k in widths(kind):
+        raw = weights(kind, 53, k, rng)
+        for n in (1, 5, 8, 15, 16, 17, 53):
+            for n_tok in (1, 6):
+                x = rng.standard_normal((n_tok, k), np.float32)
+                there = rng.standard_normal((n_tok, n), np.float32)
+                options = {"bias": bias[:n], "add": there}
+                tiles = multiply(level, kind, raw[:n], x, step=BY_TILES, **options)
+                for n_threads, chunk in ((1, 8), (2, 20)):
+                    strips = multiply(level, kind, raw[:n], x, n_threads, step=BY_STRIPS, chunk=chunk, **options)
+                    np.testing.assert_array_equal(strips, tiles)
 
 
 @pytest.mark.parametrize("kind", TYPES)
