@@ -55,8 +55,8 @@ class Engine:
     exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
     the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time. lookup: guessed tokens
     are evaluated too. With this or with several sequences, single tokens of quantised weights go by strips
-    (cpu/matmul.py), which serve many at little cost, are slower for one, and round otherwise. placement: what runs on the
-    GPU; without one, all runs on the CPU. trace: notes what ran when. lora: adapters (GGUF) as paths or pairs
+    (cpu/strips.py), which serve many at little cost, are slower for one, and round otherwise. placement: what runs on
+    the GPU; without one, all runs on the CPU. trace: notes what ran when. lora: adapters (GGUF) as paths or pairs
     (path, scale), added to the matrices that they name; on the CPU alone. progress: called with a line while kernels
     compile. Not thread-safe: one call at a time.
     """

@@ -30,8 +30,8 @@ Batch = Seq[tuple[Sequence, np.ndarray]]
 class CPUExecutor:
     """Lowers a graph once and runs it for any batch of up to max_tokens tokens, max_outputs of them with logits.
 
-    strips: compute single tokens by strips. tape: what it walks; steps: how often it has. tokens: the step's ids, positions, slots and out_rows, int32
-    [4, max_tokens].
+    strips: compute single tokens by strips. tape: what it walks; steps: how often it has. tokens: the step's ids,
+    positions, slots and out_rows, int32 [4, max_tokens].
     """
 
     def __init__(

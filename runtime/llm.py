@@ -49,9 +49,10 @@ class LLM(Completions, Embedder, Stateful):
     matter), dense, exact, threshold=D or predict. placement: what runs on the GPU (hotcold.place makes one); None: all
     runs on the CPU. n_parallel: answers that are computed at once, each with a context of n_ctx; n_queue: answers that
     may wait for that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far
-    for each that is chosen (prompt lookup): the model's own choices, in fewer steps where text repeats. lora: adapters (GGUF) as paths or pairs (path,
-    scale). prompt_cache: a file of what prompts began with: taken up at the start if it is there, written by close().
-    trace: notes what ran when. progress: takes lines about slow steps (verbose sends them to stderr).
+    for each that is chosen (prompt lookup): the model's own choices, in fewer steps where text repeats. lora: adapters
+    (GGUF) as paths or pairs (path, scale). prompt_cache: a file of what prompts began with: taken up at the start if it
+    is there, written by close(). trace: notes what ran when. progress: takes lines about slow steps (verbose sends them
+    to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
     before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from

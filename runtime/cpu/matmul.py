@@ -4,28 +4,25 @@ By rows: a weight row is multiplied with one token's activations (or four tokens
 By tiles, for many tokens: 16 (or 8) rows at a time are unpacked into a panel of bytes that stays in the cache, and a
 register tile of rows x tokens walks over it. Both accumulate exact integer sums by block, scaled in float32, in orders
 that differ: what a token gets depends on the way chosen for it, and never on the tokens beside it. By strips, for few
-tokens of quantised weights: the tiles' numbers without their panels. One token alone takes rows' time and a quarter,
-and each further one a sixth of it, where by rows it would take all of it again.
+tokens of quantised weights: the tiles' numbers without their panels (strips.py).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .layout import ROWS_MAX, MatMul, Step
+from .layout import MatMul, Step
 from .loads import (
     f32_at,
-    i8_at,
     i64_at,
     load_f32,
     put_f32,
-    put_i8,
     store,
 )
-from .products import AHEAD, AHEAD_STRIPS, ROW_TOKENS, STRIP, TOKENS, Product, product
-from .simd import splat_f32
+from .products import AHEAD, ROW_TOKENS, TOKENS, Product, product
+from .strips import strips
 from .tape import finish, take
-from .tiles import STRIP_ROWS, STRIP_VECTOR, tile_store
+from .tiles import tile_store
 from .vector import LANES, WIDE
 from .weights import inline
 
@@ -33,7 +30,7 @@ from .weights import inline
 def build(family: str, variant: str) -> Any:
     """The kernel of a weight type: the loops around its product."""
     p = product(variant)
-    return kernel(p, rows_fill(p))
+    return kernel(p, rows_fill(p), kind=variant if p.group else "")
 
 
 def rows_fill(p: Product) -> Any:
@@ -122,14 +119,14 @@ def slab(p: Product, fill: Any) -> tuple[Any, Any]:
     return put, tiles
 
 
-def kernel(p: Product, fill: Any, few: bool = True) -> Any:
-    """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows."""
+def kernel(p: Product, fill: Any, few: bool = True, kind: str = "") -> Any:
+    """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows, or by
+    strips of the quantised type `kind`."""
     row_dot, row_dots, quantised, sums_by_16 = p.row_dot, p.row_dots, p.group > 0, p.group == 16
     rows, together, ahead = LANES, ROW_TOKENS, AHEAD
     args_of, step_of = MatMul, Step
-    columns, stage, extend = p.columns, p.stage, p.extend
-    strip, strip_rows, wide, most, ahead_strips = STRIP, STRIP_ROWS, STRIP_VECTOR, ROWS_MAX, AHEAD_STRIPS
     put, tiles = slab(p, fill)
+    by_strip, by_strips = kind != "", strips(kind, put) if kind else put
 
     @inline
     def by_rows(args, n_tok, turn):
@@ -174,65 +171,6 @@ def kernel(p: Product, fill: Any, few: bool = True) -> Any:
         return n_chunks
 
     @inline
-    def by_strips(args, n_tok, ith, turn):
-        """Few tokens, with the tiles' sums: strip_rows rows at a time, staged STRIP columns at a time."""
-        w, out, k, n = (
-            i64_at(args + args_of.w),
-            i64_at(args + args_of.out),
-            i64_at(args + args_of.k),
-            i64_at(args + args_of.n),
-        )
-        row_bytes, stride = i64_at(args + args_of.row_bytes), i64_at(args + args_of.out_stride)
-        xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
-        xs = i64_at(args + args_of.xn) if sums_by_16 else i64_at(args + args_of.xs)
-        x_sums = k // 16 if sums_by_16 else k // 32  # of a token
-        bias, add = i64_at(args + args_of.bias), i64_at(args + args_of.add)
-        chunk = (i64_at(args + args_of.chunk) + strip_rows - 1) // strip_rows * strip_rows
-        totals = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
-        quants = totals + most * wide
-        scales = quants + strip * strip_rows
-        minima = scales + strip // 16 * wide
-        if n < strip_rows:  # a copy in which the last row fills up
-            copy = minima + strip // 16 * wide
-            for j in range(strip_rows):
-                for i in range(row_bytes):
-                    put_i8(copy + j * row_bytes + i, i8_at(w + min(j, n - 1) * row_bytes + i))
-            w = copy
-        n_chunks = (n + chunk - 1) // chunk
-        while True:
-            first = take(args, turn, n_chunks) * chunk
-            if first < 0:
-                break
-            for r in range(first, min(first + chunk, n), strip_rows):
-                for t in range(n_tok):
-                    store(totals + t * wide, splat_f32(0.0, strip_rows))
-                start = max(0, min(r, n - strip_rows))  # the last strip begins in the one before
-                row = w + start * row_bytes
-                for c in range(0, k, strip):
-                    n_blocks = min(k - c, strip) // 32
-                    later = row + strip_rows * (row_bytes + columns(c))
-                    stage(row + columns(c), row_bytes, later, quants, scales, minima, n_blocks)
-                    for t in range(n_tok):
-                        x, d = xq + t * k + c, xd + (t * k + c) // 32 * 4
-                        s = xs + (t * x_sums + c // 16) * 4 if sums_by_16 else xs + (t * x_sums + c // 32) * 4
-                        total = load_f32(totals + t * wide, strip_rows)
-                        store(totals + t * wide, extend(quants, scales, minima, x, d, s, n_blocks, total))
-                for t in range(n_tok):
-                    target = out + (t * stride + r) * 4
-                    if r + strip_rows <= n:
-                        v = load_f32(totals + t * wide, strip_rows)
-                        if bias != 0:
-                            v = v + load_f32(bias + r * 4, strip_rows)
-                        if add != 0:
-                            v = v + load_f32(target, strip_rows)
-                        store(target, v)
-                    else:
-                        for i in range(n - r):
-                            put(args, target + i * 4, r + i, f32_at(totals + t * wide + (r - start + i) * 4))
-            finish(args)
-        return n_chunks
-
-    @inline
     def by_tiles(args, n_tok, ith, turn):
         w, out, n = i64_at(args + args_of.w), i64_at(args + args_of.out), i64_at(args + args_of.n)
         panels = i64_at(args + args_of.panels)
@@ -252,8 +190,9 @@ def kernel(p: Product, fill: Any, few: bool = True) -> Any:
     def matmul(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
         if few and n_tok < i64_at(step + step_of.tile_min):
-            if quantised and i64_at(step + step_of.strips) != 0:
-                return by_strips(args, n_tok, ith, turn)
+            if by_strip:
+                if i64_at(step + step_of.strips) != 0:
+                    return by_strips(args, n_tok, ith, turn)
             return by_rows(args, n_tok, turn)
         return by_tiles(args, n_tok, ith, turn)
 

@@ -23,29 +23,12 @@ from .loads import (
     store_quads,
 )
 from .simd import concat, fma, hsum, shl, splat_f32, splat_i32, spread, to_f32
-from .tiles import (
-    STRIP_ROWS,
-    STRIP_VECTOR,
-    dot4,
-    put_strip,
-    put_strip_nibbles,
-    strip_bases,
-    strip_dot,
-    strip_f16,
-    tile_add,
-    tile_dot4,
-    tile_fma,
-    tile_hsum,
-    tile_scale,
-    tile_zero,
-)
+from .tiles import dot4, tile_add, tile_dot4, tile_fma, tile_hsum, tile_scale, tile_zero
 from .vector import LANES, WIDE
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
 
 TOKENS = 8 if WIDE == 64 else 4  # tokens in a register tile
-STRIP = 256  # columns of a strip
 ROW_TOKENS = 4  # tokens that share one reading of a weight row
-AHEAD_STRIPS = 3  # strips to prefetch ahead
 AHEAD = 8192  # bytes of weights to prefetch ahead: two pages, where the hardware's own stops at one
 
 
@@ -58,10 +41,6 @@ class Product:
     rows of weights, quants, scales, minima, k), rows into neighbouring columns of a panel. multiply: (quants, scales,
     minima, xq, xd, xs, k) -> tile, a panel of rows with a panel of tokens; multiply_half: with the first half of them,
     which gives the same numbers. group: weights that share a scale in a panel, 0 for float types.
-
-    Of strips, STRIP columns of STRIP_ROWS rows, which give the panels' numbers for few tokens: columns: (column) -> bytes
-    of a row before it. stage: (rows of weights, bytes of a row, later, quants, scales, minima, blocks), rows into a strip, fetching what is `later` bytes on. extend: (quants, scales, minima, xq, xd, xs, blocks, sums) -> sums, a lane
-    a row, of one token.
     """
 
     row_dot: Any
@@ -70,9 +49,6 @@ class Product:
     multiply: Any
     multiply_half: Any
     group: int
-    columns: Any = None
-    stage: Any = None
-    extend: Any = None
 
 
 def product(name: str) -> Product:
@@ -103,54 +79,6 @@ def _tile_product(group: int, big: bool, count: int) -> Any:
         return total
 
     return multiply
-
-
-def _each_base(quants: Any) -> Any:
-    """(bases, offset) -> the quants of the rows that are `offset` bytes from their bases, as a tuple."""
-    if STRIP_ROWS == 8:
-
-        @inline
-        def two(bases, offset):
-            return quants(bases[0] + offset), quants(bases[1] + offset)
-
-        return two
-
-    @inline
-    def four(bases, offset):
-        return (
-            quants(bases[0] + offset),
-            quants(bases[1] + offset),
-            quants(bases[2] + offset),
-            quants(bases[3] + offset),
-        )
-
-    return four
-
-
-def _extend(group: int, big: bool) -> Any:
-    """What a strip's blocks of 32 columns add to the sums of one token, as _tile_product does it."""
-    lanes, wide, block = STRIP_ROWS, STRIP_VECTOR, 32 * STRIP_ROWS
-
-    @inline
-    def by_32(quants, scales, minima, xq, xd, xs, n_blocks, sums):
-        for b in range(n_blocks):
-            scale = load_f32(scales + b * wide, lanes) * splat_f32(f32_at(xd + b * 4), lanes)
-            sums = fma(to_f32(strip_dot(quants + b * block, xq + b * 32, big, 0)[0]), scale, sums)
-            sums = fma(load_f32(minima + b * wide, lanes), splat_f32(f32_at(xs + b * 4), lanes), sums)
-        return sums
-
-    @inline
-    def by_16(quants, scales, minima, xq, xd, xs, n_blocks, sums):
-        for b in range(n_blocks):
-            first, last = strip_dot(quants + b * block, xq + b * 32, big, 1)
-            d, s, at = splat_f32(f32_at(xd + b * 4), lanes), xs + b * 8, 2 * b * wide
-            sums = fma(to_f32(first), load_f32(scales + at, lanes) * d, sums)
-            sums = fma(load_f32(minima + at, lanes), splat_f32(f32_at(s), lanes), sums)
-            sums = fma(to_f32(last), load_f32(scales + at + wide, lanes) * d, sums)
-            sums = fma(load_f32(minima + at + wide, lanes), splat_f32(f32_at(s + 4), lanes), sums)
-        return sums
-
-    return by_32 if group == 32 else by_16
 
 
 def _accumulate(lanes: int, has_min: bool, offset: int, big: bool) -> Any:
@@ -208,8 +136,8 @@ def _both(dots: Any) -> tuple[Any, Any]:
 def _plain(t: Plain) -> Product:
     size, quants, pair, big, has_min = t.n_bytes, t.quants, t.pair, t.big, t.has_min
     negative_offset = -float(t.offset)
-    wide, far, strip_rows, block, strip_wide = WIDE, AHEAD, STRIP_ROWS, 32 * STRIP_ROWS, STRIP_VECTOR
-    two, four, block_bytes = 2 * size, 4 * size, STRIP_ROWS * size
+    wide, far = WIDE, AHEAD
+    two, four = 2 * size, 4 * size
 
     add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
 
@@ -284,39 +212,26 @@ def _plain(t: Plain) -> Product:
             p2 += size
             p3 += size
 
-    @inline
-    def columns(c):
-        return c // 32 * size
-
-    nibbles, each_base = t.nibbles, _each_base(quants)
-
-    @inline
-    def put_rows(to, i, bases, stride):
-        if nibbles:
-            put_strip_nibbles(to, i, bases, i * stride + nibbles)
-        else:
-            put_strip(to, i, each_base(bases, i * stride))
-
-    @inline
-    def stage(p, stride, later, to_q, to_d, to_m, n_blocks):
-        for b in range(n_blocks):
-            prefetch(later, block_bytes)
-            later += block_bytes
-            to, bases = to_q + b * block, strip_bases(p + b * size, stride)
-            put_rows(to, 0, bases, stride)
-            put_rows(to, 1, bases, stride)
-            put_rows(to, 2, bases, stride)
-            put_rows(to, 3, bases, stride)
-            d = strip_f16(bases, stride)
-            store(to_d + b * strip_wide, d)
-            if has_min:
-                store(to_m + b * strip_wide, strip_f16(strip_bases(p + b * size + 2, stride), stride))
-            else:
-                store(to_m + b * strip_wide, d * splat_f32(negative_offset, strip_rows))
-
     multiply, multiply_half = (_tile_product(32, big, count) for count in (TOKENS, TOKENS // 2))
-    strips = columns, stage, _extend(32, big)
-    return Product(*_both(dots), unpack, multiply, multiply_half, 32, *strips)
+    return Product(*_both(dots), unpack, multiply, multiply_half, 32)
+
+
+def scale_writer(t: Super) -> Any:
+    """Scales and minima of four rows' blocks, side by side; `wide` bytes from sub-block to sub-block."""
+    scales_of, minima_of, has_min, n_sub = t.scales, t.minima, t.has_min, 256 // t.group
+    negative_offset = -float(t.offset)
+
+    @inline
+    def put_scales(p0, p1, p2, p3, to_d, to_m, wide):
+        s0, s1, s2, s3 = scales_of(p0), scales_of(p1), scales_of(p2), scales_of(p3)
+        store_quads(to_d, s0, s1, s2, s3, wide)
+        if has_min:
+            store_quads(to_m, minima_of(p0), minima_of(p1), minima_of(p2), minima_of(p3), wide)
+        else:
+            offset = splat_f32(negative_offset, n_sub)
+            store_quads(to_m, s0 * offset, s1 * offset, s2 * offset, s3 * offset, wide)
+
+    return put_scales
 
 
 def _super(t: Super) -> Product:
@@ -329,9 +244,8 @@ def _super(t: Super) -> Product:
         t.has_min,
         t.group,
     )
-    negative_offset = -float(t.offset)
-    wide, far, strip_rows, block, strip_wide = WIDE, AHEAD, STRIP_ROWS, 32 * STRIP_ROWS, STRIP_VECTOR
-    n_sub, fetched = 256 // group, STRIP_ROWS // 4 * size
+    wide, far, put_scales = WIDE, AHEAD, scale_writer(t)
+    n_sub = 256 // group
     repeat = group // 4  # lanes that share a scale
 
     add_32, add_64 = (_accumulate(lanes, has_min, t.offset, big) for lanes in (8, 16))
@@ -398,17 +312,6 @@ def _super(t: Super) -> Product:
         return dots_64 if WIDE == 64 else dots_32
 
     @inline
-    def put_scales(p0, p1, p2, p3, to_d, to_m, wide):
-        """Scales and minima of four rows, side by side, `wide` bytes from sub-block to sub-block."""
-        s0, s1, s2, s3 = scales_of(p0), scales_of(p1), scales_of(p2), scales_of(p3)
-        store_quads(to_d, s0, s1, s2, s3, wide)
-        if has_min:
-            store_quads(to_m, minima_of(p0), minima_of(p1), minima_of(p2), minima_of(p3), wide)
-        else:
-            offset = splat_f32(negative_offset, n_sub)
-            store_quads(to_m, s0 * offset, s1 * offset, s2 * offset, s3 * offset, wide)
-
-    @inline
     def unpack(p0, p1, p2, p3, to_q, to_d, to_m, k):
         for i in range(k // 256):
             prefetch(p0 + far, size)
@@ -431,45 +334,8 @@ def _super(t: Super) -> Product:
             p2 += size
             p3 += size
 
-    @inline
-    def columns(c):
-        return c // 256 * size
-
-    two_rows = strip_rows == 8
-
-    @inline
-    def put_half(p, stride, half, to, i):
-        """128 columns of rows i, i + 4, ..."""
-        first = p + i * stride
-        if two_rows:
-            (a0, b0, c0, d0), (a1, b1, c1, d1) = quants(first, half), quants(first + 4 * stride, half)
-            put_strip(to, i, (a0, a1))
-            put_strip(to + block, i, (b0, b1))
-            put_strip(to + 2 * block, i, (c0, c1))
-            put_strip(to + 3 * block, i, (d0, d1))
-        else:
-            (a0, b0, c0, d0), (a1, b1, c1, d1) = quants(first, half), quants(first + 4 * stride, half)
-            first += 8 * stride
-            (a2, b2, c2, d2), (a3, b3, c3, d3) = quants(first, half), quants(first + 4 * stride, half)
-            put_strip(to, i, (a0, a1, a2, a3))
-            put_strip(to + block, i, (b0, b1, b2, b3))
-            put_strip(to + 2 * block, i, (c0, c1, c2, c3))
-            put_strip(to + 3 * block, i, (d0, d1, d2, d3))
-
-    @inline
-    def stage(p, stride, later, to_q, to_d, to_m, n_blocks):
-        for i in range(4):
-            prefetch(later, fetched)
-            later += fetched
-            put_half(p, stride, 0, to_q, i)
-            put_half(p, stride, 1, to_q + 4 * block, i)
-        for i in range(0, strip_rows, 4):
-            q = p + i * stride
-            put_scales(q, q + stride, q + 2 * stride, q + 3 * stride, to_d + i * 4, to_m + i * 4, strip_wide)
-
     multiply, multiply_half = (_tile_product(group, big, count) for count in (TOKENS, TOKENS // 2))
-    strips = columns, stage, _extend(group, big)
-    return Product(*_both(dots), unpack, multiply, multiply_half, group, *strips)
+    return Product(*_both(dots), unpack, multiply, multiply_half, group)
 
 
 def _float(name: str) -> Product:
