@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..formats.errors import ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer
+from .digit_limit import DigitLimit
 from .gbnf import gbnf_to_lark, is_gbnf
 from .json_schema import prepared
 
@@ -32,8 +33,8 @@ _HEADER = '%llguidance {"no_forcing": true}\n'
 class Constraint:
     """What one answer may say next; made by `constraint`, used by one answer."""
 
-    def __init__(self, matcher: Any, name: str, stop_ids: frozenset[int]) -> None:
-        self._matcher, self._name, self._stop_ids = matcher, name, stop_ids
+    def __init__(self, matcher: Any, name: str, stop_ids: frozenset[int], digits: DigitLimit | None = None) -> None:
+        self._matcher, self._name, self._stop_ids, self._digits = matcher, name, stop_ids, digits
 
     def apply(self, scores: NDArray[np.float32]) -> None:
         """Set the scores (n_vocab,) of tokens that may not come now to -inf, in place.
@@ -46,6 +47,8 @@ class Constraint:
         allowed = np.unpackbits(mask, count=min(len(scores), 8 * len(mask)), bitorder="little").view(bool)
         if not allowed.any():
             raise ParameterError(f"{self._name}: no token of this model can come next; loosen it")
+        if self._digits is not None:
+            self._digits.apply(allowed)
         np.copyto(scores[: len(allowed)], -np.inf, where=~allowed)
         scores[len(allowed) :] = -np.inf
 
@@ -54,10 +57,13 @@ class Constraint:
         if token not in self._stop_ids:
             self._matcher.consume_token(token)
             self._check()
+            if self._digits is not None:
+                self._digits.accept(token)
 
     def copy(self) -> Constraint:
         """Another one in the same state, for another answer."""
-        return Constraint(self._matcher.deep_copy(), self._name, self._stop_ids)
+        digits = self._digits and self._digits.copy()
+        return Constraint(self._matcher.deep_copy(), self._name, self._stop_ids, digits)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -92,16 +98,16 @@ def constraint(
         source = _lark(check_source(name, grammar))
     else:
         source = "start: " + json_rule({"type": "object"} if json_object else schema, name) + "\n"
-    return compiled(tokenizer, source, name)
+    return compiled(tokenizer, source, name, is_json=given[0] in ("schema", "json_object"))
 
 
-def compiled(tokenizer: Tokenizer, source: str, name: str) -> Constraint:
-    """The constraint of a Lark grammar that was checked; compiled once for each model."""
+def compiled(tokenizer: Tokenizer, source: str, name: str, is_json: bool) -> Constraint:
+    """The constraint of a Lark grammar that was checked; compiled once for each model. is_json: numbers shall end."""
     with _lock:
         grammars = _grammars.get(tokenizer)
         if grammars is None:
             grammars = _grammars[tokenizer] = _Grammars(tokenizer)
-    return grammars.constraint(source, name)
+    return grammars.constraint(source, name, is_json)
 
 
 def json_rule(schema: Any, name: str) -> str:
@@ -145,9 +151,11 @@ class _Grammars:
         self._stop_ids = tokenizer.stop_ids
         if not self._stop_ids:
             raise UnsupportedError("this model has no token that ends an answer, which schema, regex and grammar need")
-        self._tokenizer = _tokenizer(tokenizer)
+        # nothing here may hold the tokenizer itself, the key under which this is kept
+        tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
+        self._tokenizer, self._digits = _tokenizer(tokenizer, tokens), DigitLimit(tokens)
 
-    def constraint(self, source: str, name: str) -> Constraint:
+    def constraint(self, source: str, name: str, is_json: bool) -> Constraint:
         with self._lock:
             matcher = self._found.get(source)
             if matcher is None:
@@ -156,7 +164,8 @@ class _Grammars:
                 if len(self._found) > _KEPT:
                     self._found.popitem(last=False)
             self._found.move_to_end(source)
-            return Constraint(matcher, name, self._stop_ids).copy()
+            digits = self._digits if is_json else None
+            return Constraint(matcher, name, self._stop_ids, digits).copy()
 
     def _compile(self, source: str, name: str) -> Any:
         llguidance = _library()
@@ -182,25 +191,25 @@ def _library() -> Any:
     return llguidance
 
 
-def _tokenizer(tokenizer: Tokenizer) -> Any:
+def _tokenizer(tokenizer: Tokenizer, tokens: list[bytes]) -> Any:
     """llguidance's view of a vocabulary: the bytes of every token, and which are no text."""
     llguidance = _library()
-    control = [i for i in range(tokenizer.n_vocab) if tokenizer.is_control(i)]
-    longest = {data: i for i, data in enumerate(map(tokenizer.token_bytes, range(tokenizer.n_vocab)))}
+    single = {data: i for i, data in enumerate(tokens) if len(data) == 1 and not tokenizer.is_control(i)}
 
     class Vocabulary:
-        eos_token_id = min(tokenizer.stop_ids)
-        bos_token_id = tokenizer.bos_id
-        tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
-        special_token_ids = control
+        eos_token_id, bos_token_id = min(tokenizer.stop_ids), tokenizer.bos_id
+        special_token_ids = [i for i in range(len(tokens)) if tokenizer.is_control(i)]
+
+        def __init__(self) -> None:
+            self.tokens = tokens
 
         def __call__(self, text: bytes | str) -> list[int]:
-            # for forced texts, which no_forcing turns off: the bytes one by one, where the vocabulary has them
+            # for forced texts, which no_forcing turns off: byte by byte, as far as the vocabulary has them
             data = text.encode() if isinstance(text, str) else text
-            return [longest[byte] for byte in (data[i : i + 1] for i in range(len(data))) if byte in longest]
+            return [single[data[i : i + 1]] for i in range(len(data)) if data[i : i + 1] in single]
 
     wrapped = llguidance.TokenizerWrapper(Vocabulary())
-    return llguidance.LLTokenizer(wrapped, n_vocab=tokenizer.n_vocab, eos_token=sorted(tokenizer.stop_ids))
+    return llguidance.LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=sorted(tokenizer.stop_ids))
 
 
 def _on_large_stack(work: Callable[[], Any]) -> Any:

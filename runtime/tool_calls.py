@@ -145,7 +145,8 @@ def force_calls(tokenizer: Tokenizer, use: ToolUse, form: Format, or_schema: Any
     else:
         calls = f"calls: {begin} call {end}"
     start = "start: calls" if or_schema is None else "start: calls | " + json_rule(or_schema, "response_format")
-    return compiled(tokenizer, check_source("tools", "\n".join([start, calls, one, *rules]) + "\n"), "tools")
+    source = check_source("tools", "\n".join([start, calls, one, *rules]) + "\n")
+    return compiled(tokenizer, source, "tools", is_json=True)
 
 
 def _quoted(tokenizer: Tokenizer, text: str) -> str:

@@ -44,7 +44,7 @@ async def ask(server: Served, model: str, schema: Any, seed: int, n_tokens: int,
     if choice["finish_reason"] == "length":
         return "cut off", text
     try:
-        jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+        jsonschema.validate(json.loads(text), schema, format_checker=schemas.CHECKER)
     except ValueError as error:
         return f"no JSON: {error}", text
     except jsonschema.ValidationError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from fakes import HEL, FakeTokenizer, make, saying
 from pydantic import BaseModel, Field
-from schemas import make_schema
+from schemas import CHECKER, make_schema
 from vocabularies import byte_level, sentencepiece
 
 from hotcold.formats.errors import HotcoldError, ParameterError, UnsupportedError
@@ -69,16 +71,6 @@ def accepts(it: Constraint, tokenizer: Any, text: str) -> bool:
             return False
         it.accept(token)
     return bool(allowed(it, tokenizer.n_vocab) & tokenizer.stop_ids)
-
-
-CHECKER = jsonschema.FormatChecker(["date", "ipv4", "uuid"])
-TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"  # RFC 3339
-CHECKER.checks("time")(lambda value: not isinstance(value, str) or bool(re.fullmatch(TIME, value, re.I)))
-CHECKER.checks("date-time")(lambda value: not isinstance(value, str) or is_moment(value))
-
-
-def is_moment(text: str) -> bool:
-    return bool(re.fullmatch(r"\d{4}-\d\d-\d\d[T ]" + TIME, text, re.I))
 
 
 def check_json(schema: dict[str, Any], text: str) -> None:
@@ -205,6 +197,49 @@ def test_json_is_written_without_loose_spaces(plain: Tokenizer) -> None:
     assert takes('{"a": 1, "b": [1, "x", {}]}') and takes('{"a": -12}')
     assert not takes('{"a":1}') and not takes('{"a": 1 }') and not takes(' {"a": 1}') and not takes('{\n"a": 1}')
     assert not takes('{"a": 1, "c": 2}'), "properties that the schema does not list"
+
+
+def test_recursion(plain: Tokenizer) -> None:
+    either = {"anyOf": [{"$ref": "#"}, {"type": "null"}]}
+    node = {"type": "object", "properties": {"next": either}, "required": ["next"]}
+    it = constraint(plain, schema=node)
+    assert it is not None and accepts(it, plain, '{"next": {"next": {"next": null}}}')
+
+
+def test_numbers_come_to_an_end(tokenizer: Any) -> None:
+    """A model that loves digits more than all else writes 20 of them, or as many as the schema wants."""
+
+    def greedy(schema: dict[str, Any]) -> Any:
+        it, said = constraint(tokenizer, schema=schema), b""
+        assert it is not None
+        ends = [tokenizer.token_bytes(i)[-1:] for i in range(tokenizer.n_vocab)]
+        fond = np.array([end.isdigit() + (end == b"9") for end in ends], np.float32)
+        for _ in range(1000):
+            scores = fond - np.arange(tokenizer.n_vocab, dtype=np.float32) * np.float32(1e-5)
+            it.apply(scores)
+            token = int(scores.argmax())
+            it.accept(token)
+            if token in tokenizer.stop_ids:
+                return json.loads(said)
+            said += tokenizer.token_bytes(token)
+        raise AssertionError(said)
+
+    found = greedy({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+    assert 10**19 <= abs(found["a"]) < 10**22
+    assert isinstance(greedy({"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}), list)
+    assert len(greedy({"type": "array", "prefixItems": [{"const": "1" * 50}], "minItems": 1, "maxItems": 1})[0]) == 50
+    long = 10**40
+    assert greedy({"enum": [[long]]}) == [long]
+
+
+def test_tokenizers_are_let_go() -> None:
+    llm = make()
+    llm.generate("a", regex="b")
+    kept = weakref.ref(llm.tokenizer)
+    llm.close()
+    del llm
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize(
