@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_DIGITS = 20  # in a row; a double needs 17
+MOST_IN_TEXT = 40  # within quotation marks, where a time may have any number behind its second
 
 
 class DigitLimit:
-    """Follows the bytes of a JSON text, and takes digits back where a number has many and may end.
+    """Follows the bytes of a JSON text, and takes digits back where many came in a row and something else may come.
 
     tokens: the bytes of each token; digits: which of them begin with a digit, where that is known.
     """
@@ -24,7 +25,7 @@ class DigitLimit:
 
     def apply(self, allowed: NDArray[np.bool_]) -> None:
         """Rule out tokens that begin with a digit, unless the grammar wants one of them."""
-        if self._run >= MOST_DIGITS:
+        if self._run >= (MOST_IN_TEXT if self._string else MOST_DIGITS):
             digits = self._digits[: len(allowed)]
             if (allowed & ~digits).any():
                 allowed &= ~digits
@@ -38,7 +39,7 @@ class DigitLimit:
                 self._string = not self._string
             elif self._string:
                 self._escaped = byte == 0x5C  # a backslash
-            self._run = self._run + 1 if 0x30 <= byte <= 0x39 and not self._string else 0
+            self._run = self._run + 1 if 0x30 <= byte <= 0x39 else 0
 
     def copy(self) -> DigitLimit:
         """Another one in the same state."""

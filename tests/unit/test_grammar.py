@@ -226,6 +226,9 @@ def test_numbers_come_to_an_end(tokenizer: Any) -> None:
 
     found = greedy({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     assert 10**19 <= abs(found["a"]) < 10**22
+    moment = {"type": "string", "format": "time"}
+    found = greedy({"type": "object", "properties": {"a": moment}, "required": ["a"]})
+    assert len(found["a"]) < 60
     assert isinstance(greedy({"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2}), list)
     assert len(greedy({"type": "array", "prefixItems": [{"const": "1" * 50}], "minItems": 1, "maxItems": 1})[0]) == 50
     long = 10**40
