@@ -17,13 +17,16 @@ from ..formats.errors import ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer
 from .digit_limit import DigitLimit
 from .gbnf import gbnf_to_lark, is_gbnf
-from .json_schema import prepared
+from .json_schema import MOST_NULLABLE, check_pattern, nullable, prepared
 
 # What a hostile source may cost. llguidance counts its own work; it recurses along chains of rules, up to 4 KB a rule.
 _LONGEST = 128 << 10  # characters of a source
 _MOST_RULES = 4000
 _STACK = 128 << 20
-_LIMITS = {"max_lexer_states": 50_000, "step_max_items": 1_000_000, "verbose_errors": False}
+_LIMITS = {
+    "max_lexer_states": 50_000, "step_max_items": 200_000, "max_items_in_row": 10_000, "verbose_errors": False
+}  # fmt: skip
+_TERMINAL = re.compile(r"\b_?[A-Z][A-Z0-9_]*\b")
 _KEPT = 16  # compiled grammars kept for each model
 # Fixed separators, as Python's json.dumps writes them: where any white space may come, small models write it forever.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -237,6 +240,7 @@ def _on_large_stack(work: Callable[[], Any]) -> Any:
 
 
 def _regex(regex: str) -> str:
+    check_pattern(regex, "regex")
     # the whole answer is meant anyway, and llguidance has no anchors
     regex = regex.removeprefix("^")
     if regex.endswith("$") and (len(regex) - len(regex[:-1].rstrip("\\"))) % 2:
@@ -260,9 +264,31 @@ def _lark(text: str) -> str:
                 raise ParameterError(f"grammar: %json: {error}") from None
             if isinstance(schema, Mapping):
                 prepared(schema, "grammar")
+        _check_terminals(text)
     if text.count("\n") > _MOST_RULES:
         raise ParameterError(f"grammar: got {text.count(chr(10))} lines, wanted at most {_MOST_RULES}")
     return text
+
+
+def _check_terminals(text: str) -> None:
+    """ParameterError for a terminal that is large when the terminals in it are put in."""
+    bodies: dict[str, str] = {}
+    for match in re.finditer(r"^[ \t]*(_?[A-Z][A-Z0-9_]*)[^:\n]*:((?:[^\n]|\n[ \t]*(?=\|))*)", text, re.MULTILINE):
+        bodies[match[1]] = match[2]
+    parts = {name: _TERMINAL.findall(body) for name, body in bodies.items()}
+    sizes: dict[str, int] = {}
+    begun: set[str] = set()
+    todo = list(bodies)
+    while todo:  # each after those in it; of a circle, which llguidance refuses, one is counted as nothing
+        name = todo[-1]
+        if name not in begun:
+            begun.add(name)
+            todo += [item for item in parts[name] if item in bodies and item not in begun]
+            continue
+        todo.pop()
+        sizes[name] = nullable(bodies[name]) + sum(sizes.get(item, 1) for item in parts[name])
+        if sizes[name] > MOST_NULLABLE:
+            raise ParameterError(f"grammar: got a terminal of over {MOST_NULLABLE} parts, wanted fewer; make it a rule")
 
 
 def _first_line(text: str) -> str:

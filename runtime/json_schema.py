@@ -11,6 +11,7 @@ from ..formats.errors import ParameterError
 
 _DEEPEST = 64
 _MOST_STATES = 10_000  # a multipleOf is an automaton of as many states as its digits say
+MOST_NULLABLE = 1000  # parts of a regular expression that may be empty: time and memory grow with their square
 _MOST_PATTERNS = 6  # that may have to hold of one string: the time to join them doubles with each
 _CHOICES = {"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf"}
 _NEUTRAL = {
@@ -32,6 +33,18 @@ def prepared(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(schema) if _checked(schema, name) else _closed(schema)
 
 
+def check_pattern(regex: str, name: str) -> None:
+    """ParameterError for a regular expression with too many parts that may be empty."""
+    count = nullable(regex)
+    if count > MOST_NULLABLE:
+        raise ParameterError(f"{name}: got a pattern with {count} optional parts, wanted at most {MOST_NULLABLE}")
+
+
+def nullable(regex: str) -> int:
+    """How many parts of a regular expression may be empty, at most."""
+    return sum(map(regex.count, ("?", "*", "{0", "{,", "||", "(|", "|)")))
+
+
 def _checked(schema: Mapping[str, Any], name: str) -> bool:
     """Whether several parts of the schema may have to hold of one value."""
     patterns, joined, multiples = 0, False, [1]
@@ -42,6 +55,9 @@ def _checked(schema: Mapping[str, Any], name: str) -> bool:
             raise ParameterError(f"{name}: got a schema nested over {_DEEPEST} deep, wanted less")
         if isinstance(node, Mapping):
             members = node.get("patternProperties")
+            for pattern in (node.get("pattern"), *(members if isinstance(members, Mapping) else ())):
+                if isinstance(pattern, str):
+                    check_pattern(pattern, name)
             patterns += sum(isinstance(node.get(key), str) for key in ("pattern", "format"))
             patterns += len(members) if isinstance(members, Mapping) else 0
             joined = joined or _joins(node)
