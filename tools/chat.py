@@ -46,6 +46,7 @@ def chat(
     trace: options.TraceFile = None,
     lora: options.Lora = None,
     prompt_cache: options.PromptCache = None,
+    lookup: options.Lookup = 0,
 ) -> None:
     """Chat with a model, or answer what is piped in."""
     interactive = sys.stdin.isatty()
@@ -54,7 +55,8 @@ def chat(
         raise ParameterError("stdin: got nothing, wanted a message; run `hotcold chat` in a terminal to talk")
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted, options.adapters(lora), prompt_cache) as llm:
+    adapters = options.adapters(lora)
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup) as llm:
         if "repeat_penalty" not in llm.config.sampling:
             chosen.setdefault("repeat_penalty", REPEAT_PENALTY)
         talk = Conversation(llm, model, system, chosen, n_predict)

@@ -75,9 +75,10 @@ def open_llm(
         from ..runtime.llm import LLM
 
         with timeline(gpu) as trace:
+            n_parallel = serving.get("n_parallel", 1)
 
             def make(placement: Placement | None) -> LLM:
-                ctx = placement.n_ctx if placement else n_ctx or None
+                ctx = placement.n_ctx // n_parallel if placement else n_ctx or None
                 return LLM(
                     path,
                     n_ctx=ctx,
@@ -91,7 +92,8 @@ def open_llm(
                     **serving,
                 )
 
-            with opened(gpu, path, n_ctx or None, n_threads, sparsity, status, make) as llm:
+            # the GPU's part of the KV cache is for all answers
+            with opened(gpu, path, n_ctx * n_parallel if n_ctx else None, n_threads, sparsity, status, make) as llm:
                 status.clear()
                 yield llm
     finally:

@@ -48,6 +48,10 @@ Lora = Annotated[
     list[str] | None,
     Option("--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter (GGUF), scaled; may be given several times."),
 ]
+Lookup = Annotated[
+    int,
+    Option("--lookup", metavar="N", min=0, max=16, help="Guess up to N tokens from the text so far, for speed."),
+]
 PromptCache = Annotated[
     Path | None,
     Option("--prompt-cache", metavar="FILE", help="Keep here what prompts begin with, for runs to come."),

@@ -56,6 +56,7 @@ def run(
     trace: options.TraceFile = None,
     lora: options.Lora = None,
     prompt_cache: options.PromptCache = None,
+    lookup: options.Lookup = 0,
     timings: Timings = False,
 ) -> None:
     """Complete a prompt, or answer it (--chat)."""
@@ -67,7 +68,8 @@ def run(
         n_predict = CHAT_LENGTH if chat else RAW_LENGTH
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted, options.adapters(lora), prompt_cache) as llm:
+    adapters = options.adapters(lora)
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})
@@ -89,9 +91,13 @@ def describe(stats: Stats) -> str:
     return (
         f"prompt {stats.prompt_tokens} tokens "
         f"({stats.reused_tokens} cached; {stats.prompt_tok_s:.1f} tok/s), "
-        f"answer {stats.decode_tokens} tokens ({stats.decode_tok_s:.1f} tok/s), "
+        f"answer {stats.decode_tokens} tokens ({stats.decode_tok_s:.1f} tok/s{_guesses(stats)}), "
         f"context {stats.context_used} of {stats.n_ctx}{_sparse(stats.usage)}"
     )
+
+
+def _guesses(stats: Stats) -> str:
+    return f"; {stats.right_guesses} of {stats.guessed_tokens} guesses right" if stats.guessed_tokens else ""
 
 
 def _sparse(usage: Usage | None) -> str:

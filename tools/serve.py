@@ -33,9 +33,6 @@ PerSequence = Annotated[
         "--ctx", "--ctx-size", "-c", metavar="N", min=0, max=2**31, help="Tokens of context an answer; 0: the model's."
     ),
 ]
-Lookup = Annotated[
-    int, typer.Option("--lookup", metavar="N", min=0, help="Guess up to N tokens from the text so far; same answers.")
-]
 Grace = Annotated[
     float, typer.Option("--grace", metavar="S", min=0.0, help="Seconds that running answers get when the server ends.")
 ]
@@ -66,7 +63,7 @@ def serve(
     vram_budget: options.VramBudget = None,
     require_gpu: options.RequireGpu = False,
     cold: options.Cold = "auto",
-    lookup: Lookup = 0,
+    lookup: options.Lookup = 0,
     lora: options.Lora = None,
     grace: Grace = 30.0,
     cors: Cors = None,

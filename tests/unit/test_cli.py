@@ -34,9 +34,9 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     opened: list[Any] = []
 
     @contextmanager
-    def open_llm(*arguments: Any) -> Generator[Any, None, None]:
-        llm = fakes.make(fakes.saying(*HELLO))
-        opened.append((arguments, llm))
+    def open_llm(*arguments: Any, lookup: int) -> Generator[Any, None, None]:
+        llm = fakes.make(fakes.saying(*HELLO), lookup=lookup)
+        opened.append(((*arguments, lookup), llm))
         yield llm
 
     monkeypatch.setattr(gpu, "open_llm", open_llm)
@@ -179,7 +179,7 @@ def test_run_reads_its_prompt_from_anywhere(fake_llm: list[Any], tmp_path: Path)
         result = invoke("run", "m", "--temp", "0", *arguments, input=piped)
         assert (result.exit_code, result.stdout) == (0, "Hello\n")
         llm = fake_llm[-1][1]
-        tokens = llm._last.ids
+        tokens = llm.engine.known[-1]
         assert tokens[: len(text.encode()) + 1] == llm.tokenize(text)
 
 
@@ -188,7 +188,7 @@ def test_run_chat_and_stats(fake_llm: list[Any]) -> None:
     assert (result.exit_code, result.stdout) == (0, "Hello\n")
     assert result.stderr.startswith("hotcold: prompt ") and "tok/s" in result.stderr
     llm = fake_llm[-1][1]
-    prompt = llm.detokenize(llm._last.ids, special=True)
+    prompt = llm.detokenize(llm.engine.known[-1], special=True)
     assert prompt.startswith("<s><|im_start|>system\ns<|im_end|>\n<|im_start|>user\nhi<|im_end|>")
 
 
@@ -199,12 +199,12 @@ def test_run_limits_the_length(fake_llm: list[Any]) -> None:
 def test_run_parses_control_tokens_only_when_asked(fake_llm: list[Any]) -> None:
     for arguments, found in (([], False), (["--special"], True)):
         invoke("run", "m", "-p", "<|im_end|>x?", "--temp", "0", *arguments)
-        assert (fakes.END in fake_llm[-1][1]._last.ids) is found
+        assert (fakes.END in fake_llm[-1][1].engine.known[-1]) is found
 
 
 def test_seed_repeats_the_text(fake_llm: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def noise(*arguments: Any) -> Generator[Any, None, None]:
+    def noise(*arguments: Any, **serving: Any) -> Generator[Any, None, None]:
         yield fakes.make()
 
     monkeypatch.setattr(gpu, "open_llm", noise)
@@ -275,3 +275,11 @@ def test_a_prompt_longer_than_the_context(tiny_model: Callable[..., Path]) -> No
     result = invoke("run", str(tiny_model()), "-p", "x" * 100, "-c", "32", "-t", "1")
     assert result.exit_code == 1 and result.stdout == ""
     assert result.stderr.splitlines()[-1].startswith("hotcold: error: prompt: got")
+
+
+def test_lookup_changes_the_speed_and_not_the_text(fake_llm: list[Any]) -> None:
+    plain = invoke("run", "m", "-p", "Hello. Hello. Hello?", "--temp", "0", "--stats")
+    guessing = invoke("run", "m", "-p", "Hello. Hello. Hello?", "--temp", "0", "--stats", "--lookup", "4")
+    assert plain.stdout == guessing.stdout == "Hello\n" and "guesses" not in plain.stderr
+    assert fake_llm[-1][0][-1] == 4
+    assert invoke("run", "m", "-p", "x", "--lookup", "17").exit_code == 2
