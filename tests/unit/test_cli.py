@@ -164,7 +164,7 @@ def test_run_prints_only_the_text(fake_llm: list[Any]) -> None:
     options += ("--vram-budget", "2GiB", "--require-gpu", "--cold", "mapped")
     result = invoke("run", "m", "-p", "x?", *options)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Hello\n", "")
-    assert fake_llm[0][0] == ("m", 77, 3, "threshold=0.5", gpu.GPUOptions("2GiB", True, "mapped"), [], None)
+    assert fake_llm[0][0] == ("m", 77, 3, "threshold=0.5", gpu.GPUOptions("2GiB", True, "mapped"), [], None, 0)
 
 
 def test_run_reads_its_prompt_from_anywhere(fake_llm: list[Any], tmp_path: Path) -> None:
