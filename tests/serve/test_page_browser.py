@@ -215,7 +215,7 @@ def test_models(browser: Page, server: PageServer) -> None:
     browser.run(f"{choose}(document.getElementById('model'))")
     say(browser, "Hi")
     assert server.asked[0]["model"] == "<b>two</b>"
-    assert shown(browser, ".assistant footer")== "1 token · <b>two</b>"
+    assert shown(browser, ".assistant footer") == "1 token · <b>two</b>"
     browser.open(server.url + "?again")
     browser.until("!document.getElementById('model').disabled")
     assert browser.run("document.getElementById('model').value") == "<b>two</b>"
