@@ -18,6 +18,8 @@ _NEUTRAL = {
     "type", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$defs",
     "definitions", "$schema", "$id", "discriminator", "x-guidance",
 }  # fmt: skip
+_BOUNDS = ("minimum", "exclusiveMinimum", "exclusiveMaximum", "maximum")
+_EXACT = 2**53
 # where the schemas within a schema are
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
@@ -25,12 +27,13 @@ _SINGLE = ("items", "additionalProperties", "contains", "propertyNames", "not", 
 
 
 def prepared(schema: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The schema with objects closed; ParameterError where it is too deep or would take too long to compile.
+    """A narrower schema: what it allows, the one given allows; ParameterError where it would take too long to compile.
 
     A small model goes on inventing members for as long as it may. So an object that lists its properties and does not
-    speak of others gets no others, as in OpenAI's strict mode; what it allows stays valid.
+    speak of others gets no others, as in OpenAI's strict mode. Bounds of numbers are such as llguidance keeps.
     """
-    return dict(schema) if _checked(schema, name) else _closed(schema)
+    narrowed: dict[str, Any] = _narrowed(schema, name, close=not _checked(schema, name))
+    return narrowed
 
 
 def check_pattern(regex: str, name: str) -> None:
@@ -94,23 +97,49 @@ def _states(value: object, name: str) -> int:
     return digits
 
 
-def _closed(node: Any) -> Any:
+def _narrowed(node: Any, name: str, close: bool) -> Any:
     if not isinstance(node, Mapping):
         return node  # true and false are schemas, too
     found = dict(node)
     for key in _MAPS:
         if isinstance(found.get(key), Mapping):
-            found[key] = {name: _closed(item) for name, item in found[key].items()}
+            found[key] = {member: _narrowed(item, name, close) for member, item in found[key].items()}
     for key in _LISTS:
         if isinstance(found.get(key), list):
-            found[key] = [_closed(item) for item in found[key]]
+            found[key] = [_narrowed(item, name, close) for item in found[key]]
     for key in _SINGLE:
         if key in found:
-            found[key] = _closed(found[key])
+            found[key] = _narrowed(found[key], name, close)
+    for side in (1, -1):
+        _narrow_bounds(found, side, name)
     properties, required = found.get("properties"), found.get("required", [])
     lists_all = isinstance(properties, Mapping) and isinstance(required, list) and all(
-        isinstance(name, str) and name in properties for name in required
+        isinstance(member, str) and member in properties for member in required
     )
-    if lists_all and not {"additionalProperties", "unevaluatedProperties", "minProperties"} & set(found):
+    if close and lists_all and not {"additionalProperties", "unevaluatedProperties", "minProperties"} & set(found):
         found["additionalProperties"] = False
     return found
+
+
+def _narrow_bounds(found: dict[str, Any], side: int, name: str) -> None:
+    """Lower (side 1) or upper (-1) bounds that llguidance keeps: it counts in doubles, and takes 0 for more than 0
+    where everything allowed begins with "0.".
+    """
+    inclusive, exclusive, *far = _BOUNDS[::side]
+    for key in (inclusive, exclusive):
+        if _is_number(found.get(key)):
+            if side * found[key] > _EXACT:
+                raise ParameterError(f"{name}: {key}: got {found[key]!r:.60}, wanted numbers up to 2**53 in size")
+            found[key] = side * max(side * found[key], -_EXACT)
+    bound = found.get(exclusive)
+    others = [side * found[key] for key in far if _is_number(found.get(key))]
+    if _is_number(bound) and bound == int(bound) and others and 0 < min(others) - side * bound < 1:
+        nearby = bound + side * (min(others) - side * bound) / 2**20
+        if nearby == bound:
+            raise ParameterError(f"{name}: {exclusive}: got {bound!r}, wanted more room to the other bound")
+        del found[exclusive]
+        found[inclusive] = side * max(side * found.get(inclusive, nearby), side * nearby)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,8 +3,9 @@
     python tests/serve_fuzz.py [--examples 200] [--seed 1] [--workers 1] [--model FILE] [options of schemathesis]
 
 All of its checks that are on by default stay on; data that fit the document may still be answered with 400, as ids of
-tokens, lengths, templates and schemas have bounds that no document can tell. Afterwards the server must still be well: nothing runs or waits, no
-block of the KV cache is held, no reply was a 5xx, and its log has no traceback. Exit code 1 otherwise.
+tokens, lengths, templates and schemas have bounds that no document can tell. Afterwards the server must still be well:
+nothing runs or waits, no block of the KV cache is held, no reply was a 5xx, and its log has no traceback. Exit code 1
+otherwise.
 """
 
 from __future__ import annotations
