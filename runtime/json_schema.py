@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from math import prod
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..formats.errors import ParameterError
 
@@ -131,7 +131,7 @@ def _narrow_bounds(found: dict[str, Any], side: int, name: str) -> None:
             if side * found[key] > _EXACT:
                 raise ParameterError(f"{name}: {key}: got {found[key]!r:.60}, wanted numbers up to 2**53 in size")
             found[key] = side * max(side * found[key], -_EXACT)
-    bound = found.get(exclusive)
+    bound: object = found.get(exclusive)
     others = [side * found[key] for key in far if _is_number(found.get(key))]
     if _is_number(bound) and bound == int(bound) and others and 0 < min(others) - side * bound < 1:
         nearby = bound + side * (min(others) - side * bound) / 2**20
@@ -141,5 +141,5 @@ def _narrow_bounds(found: dict[str, Any], side: int, name: str) -> None:
         found[inclusive] = side * max(side * found.get(inclusive, nearby), side * nearby)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
