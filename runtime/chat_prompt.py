@@ -1,4 +1,4 @@
-"""Messages -> prompt token ids; only the template's own control tokens count, never those in a message."""
+"""Messages -> prompt token ids; only the template's own control tokens count, never those in a message or a tool."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ class ChatPrompt:
 
         control = self._control_pattern()
         safe = [_map_text(message, lambda text: control.sub(hide, text)) for message in checked]
-        text = self.template.render(safe, add_generation_prompt=True, tools=tools)
+        # descriptions of tools come from others, too
+        safe_tools = tools and [_map_text(tool, lambda text: control.sub(hide, text)) for tool in tools]
+        text = self.template.render(safe, add_generation_prompt=True, tools=safe_tools)
         self.check_length(len(text) - sum(len(name) - len(token) for name, token in hidden.items()))
         if not hidden:
             return self._with_ends(self.tokenizer.encode(text, add_bos=False, special=True))
@@ -91,11 +93,11 @@ def _content(i: int, content: object) -> str | None:
 
 
 def _map_text(value: Any, change: Callable[[str], str], key: str = "") -> Any:
-    """A copy of nested dicts and lists with every text changed, except roles."""
+    """A copy of nested dicts and lists with every text and key changed, except roles."""
     if isinstance(value, str):
         return value if key == "role" else change(value)
     if isinstance(value, Mapping):
-        return {name: _map_text(item, change, name) for name, item in value.items()}
+        return {change(str(name)): _map_text(item, change, name) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_map_text(item, change) for item in value]
     return value
