@@ -51,7 +51,8 @@ PANEL_ROWS = 16  # most weight rows in a register tile
 KV_BLOCK = 32  # tokens in a block of the KV cache
 QUERY_TILE = 8  # query tokens that share one pass over the KV cache
 
-_ARRAYS = "xq xd xn xs ld ln ls xf"
+ARRAYS = tuple("xq xd xn xs ld ln ls xf".split())  # of a packed value
+_ARRAYS = " ".join(ARRAYS)
 _PACKED = f"{_ARRAYS} quantised floats"
 MatMul = arguments(
     "MatMul",

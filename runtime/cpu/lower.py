@@ -15,6 +15,7 @@ from . import jit
 from .assemble import Assembly, Tape
 from .buffers import CHUNK_BYTES, GROUPS, PANEL_CACHE, SEGMENT, Buffers, t_panels
 from .layout import (
+    ARRAYS,
     PANEL_ROWS,
     AddParts,
     Attention,
@@ -148,7 +149,7 @@ class _Lowering:
         if value not in self.prepacked:
             source = f"{value}.packed"
             self.emit_pack("pack", node, (value,), (source,), **self.buffers.packed(value))
-        return source, {key: at for key, at in self.buffers.packed(value).items() if key not in ("quantised", "floats")}
+        return source, {key: at for key, at in self.buffers.packed(value).items() if key in ARRAYS}
 
     def activate(self, node: Node) -> None:
         """act(first read) * up, if it is read too, over the first; 0 where a predictor's scores, if read, are low."""

@@ -8,7 +8,7 @@ from ...formats.config import ModelConfig
 from ..graph import Node
 from ..tensors import Tensors
 from .buffers import CHUNK_BYTES, GROUPS, PANEL_CACHE, SEGMENT, Buffers
-from .layout import PANEL_ROWS, Combine, MatMul, Pack, Route, Step, panel_bytes
+from .layout import ARRAYS, PANEL_ROWS, Combine, MatMul, Pack, Route, Step, panel_bytes
 
 
 def routing(buffers: Buffers, node: Node, names: str) -> dict[str, int]:
@@ -82,7 +82,7 @@ class Mixture:
             panels=max(1, min(PANEL_CACHE // panel_bytes(k, GROUPS[kind]), -(-n // (PANEL_ROWS * 4)))),
             **self.buffers.scratch(),
             **routing(self.buffers, node, "routing items pairs" if of_tokens else "routing items"),
-            **{key: at for key, at in packed.items() if key.startswith("x")},
+            **{key: at for key, at in packed.items() if key in ARRAYS},
         )
 
     def combine(self, node: Node) -> None:

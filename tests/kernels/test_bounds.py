@@ -31,7 +31,7 @@ from kernel_harness import (
 
 from hotcold.formats.types import GGMLType
 from hotcold.runtime.cpu.buffers import t_panels
-from hotcold.runtime.cpu.layout import Down, Embed, MatMul, Norm, Routing, Rows, Select, Step
+from hotcold.runtime.cpu.layout import ARRAYS, Down, Embed, MatMul, Norm, Routing, Rows, Select, Step
 from hotcold.runtime.down_t import add_down_t
 from hotcold.runtime.tensors import Tensors
 
@@ -61,7 +61,7 @@ def touch_listed(level: str, kind: str, k: int) -> None:
         listed |= {"w": w, "row_bytes": w.array.shape[1]}
         fields = packed(k, 1, not floats, floats)
         rows = {"out": Buffer.full((1, n)), "k": k, "out_stride": n, "parts": 8, **listed}
-        rows |= {name: value for name, value in fields.items() if name.startswith("x")}
+        rows |= {name: value for name, value in fields.items() if name in ARRAYS}
         x = Buffer(np.ones((1, k), np.float32))
         run(level, pack_op(x, fields), Op(f"rows:{kind}", Rows, rows), n_tok=1)
         h = Buffer(np.ones((1, count), np.float32), before_a_forbidden_page)
@@ -70,7 +70,7 @@ def touch_listed(level: str, kind: str, k: int) -> None:
     fields = packed(n, 9, not floats, floats)
     product = {"w": w, "out": Buffer.full((9, k)), "k": n, "n": k, "row_bytes": w.array.shape[1], "out_stride": k}
     product |= {"bias": 0, "add": 0, "count": Step.n_tok, "panels": t_panels(kind)}
-    product |= {name: value for name, value in fields.items() if name.startswith("x")}
+    product |= {name: value for name, value in fields.items() if name in ARRAYS}
     x = Buffer(np.ones((9, n), np.float32))
     run(level, pack_op(x, fields), Op(f"matmul_t:{kind}", MatMul, product), n_tok=9)
     tensors = Tensors()
@@ -103,7 +103,7 @@ def touch(level: str) -> None:
             fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
             product = {"n": 5, "out": Buffer.full((n_tok, 5)), "out_stride": 5, "bias": bias, "count": Step.n_tok}
             product |= {"add": 0, "chunk": 8, "panels": 1}
-            product |= {name: value for name, value in fields.items() if name.startswith("x")}
+            product |= {name: value for name, value in fields.items() if name in ARRAYS}
             x = Buffer(np.ones((n_tok, k), np.float32))
             run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=n_tok)
             # The same rows as those of the last expert.

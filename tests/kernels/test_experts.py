@@ -26,7 +26,7 @@ from kernel_harness import (
     widths,
 )
 
-from hotcold.runtime.cpu.layout import TILE_MIN, Combine, Item, MatMul, Pack, Route, Routing, Step, packed_bytes
+from hotcold.runtime.cpu.layout import ARRAYS, TILE_MIN, Combine, Item, MatMul, Pack, Route, Routing, Step, packed_bytes
 
 COUNTS = (1, 3, 7, 8, 21, 60)  # tokens; rows of activations up to 7
 
@@ -171,7 +171,7 @@ def pair_arrays(k: int, n: int, kind: str) -> dict[str, Any]:
 
 def experts_op(kind: str, raw: Array, n: int, out: Buffer, arrays: dict[str, Any], **fields: Any) -> Op:
     own = {"w": Buffer(raw), "out": out, "n": n, "row_bytes": raw.shape[1], "out_stride": n, "chunk": 4, "panels": 1}
-    own |= {name: buffer for name, buffer in arrays.items() if name.startswith("x")}
+    own |= {name: buffer for name, buffer in arrays.items() if name in ARRAYS}
     return Op(f"experts:{kind}", MatMul, own | fields)
 
 

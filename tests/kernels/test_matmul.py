@@ -31,7 +31,7 @@ from kernel_harness import (
     with_quants,
 )
 
-from hotcold.runtime.cpu.layout import MatMul, Step
+from hotcold.runtime.cpu.layout import ARRAYS, MatMul, Step
 
 COUNTS = (1, 2, 7, 8, 9, 33)  # by rows up to 7
 N_ROWS = (1, 5, 16, 37)
@@ -64,7 +64,7 @@ def multiply(level: str, kind: str, raw: Array, x: Array, n_threads: int = 1, **
             "add": int("add" in options),
             "chunk": options.get("chunk", 8),
             "panels": options.get("panels", 1),
-            **{name: buffer for name, buffer in fields.items() if name not in ("quantised", "floats")},
+            **{name: buffer for name, buffer in fields.items() if name in ARRAYS},
         },
     )
     run(level, pack_op(Buffer(x), fields), product, n_threads=n_threads, n_tok=n_tok, **options.get("step", {}))

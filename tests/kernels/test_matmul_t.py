@@ -37,7 +37,7 @@ from kernel_harness import (
 
 from hotcold.formats.types import GGMLType
 from hotcold.runtime.cpu.buffers import Buffers, t_panels
-from hotcold.runtime.cpu.layout import MatMul, Step
+from hotcold.runtime.cpu.layout import ARRAYS, MatMul, Step
 from hotcold.runtime.graph import Graph, Node
 from hotcold.runtime.tensors import Tensors
 
@@ -54,7 +54,7 @@ def multiply_t(level: str, kind: str, raw: Array, x: Array, n: int, n_threads: i
     if "add" in options:
         out.array[:, :n] = options.pop("add")
     own |= {"w": Buffer(raw), "out": out, "k": k, "n": n, "row_bytes": raw.shape[1], "out_stride": stride, **options}
-    own |= {"count": Step.n_tok, **{name: buffer for name, buffer in fields.items() if name.startswith("x")}}
+    own |= {"count": Step.n_tok, **{name: buffer for name, buffer in fields.items() if name in ARRAYS}}
     run(level, pack_op(Buffer(x), fields), Op(f"matmul_t:{kind}", MatMul, own), n_threads=n_threads, n_tok=n_tok)
     assert np.isnan(out.array[:, n:]).all()
     return np.array(out.array[:, :n])

@@ -26,7 +26,7 @@ from kernel_harness import (
     widths,
 )
 
-from hotcold.runtime.cpu.layout import MatMul, Rows, Step
+from hotcold.runtime.cpu.layout import ARRAYS, MatMul, Rows, Step
 
 N = 70  # rows there are
 
@@ -42,7 +42,7 @@ def listed_rows(
     own: dict[str, Any] = {"parts": 8, "ahead": 3, **options}
     own |= {"w": Buffer(raw), "out": out, "k": k, "row_bytes": raw.shape[1], "out_stride": n}
     own |= {"list": Buffer(rows.astype(np.int32)), "choice": choice(count)}
-    own |= {name: buffer for name, buffer in fields.items() if name.startswith("x")}
+    own |= {name: buffer for name, buffer in fields.items() if name in ARRAYS}
     run(level, pack_op(Buffer(x), fields), Op(f"rows:{kind}{name}", Rows, own), n_threads=n_threads, n_tok=n_tok)
     assert np.isnan(out.array[:, count:]).all()
     return np.array(out.array[:, :count])
@@ -55,7 +55,7 @@ def all_rows(level: str, kind: str, raw: Array, x: Array) -> Array:
     out = Buffer.full((n_tok, len(raw)))
     own = {"w": Buffer(raw), "out": out, "bias": 0, "k": k, "n": len(raw), "row_bytes": raw.shape[1], "add": 0}
     own |= {"out_stride": len(raw), "count": Step.n_tok, "chunk": 8, "panels": 1}
-    own |= {name: buffer for name, buffer in fields.items() if name.startswith("x")}
+    own |= {name: buffer for name, buffer in fields.items() if name in ARRAYS}
     run(level, pack_op(Buffer(x), fields), Op(f"matmul:{kind}", MatMul, own), n_tok=n_tok)
     return np.array(out.array)
 

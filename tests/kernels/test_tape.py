@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from kernel_harness import LEVELS, Array, Buffer, Op, Tape, choice, exact_activations, pack_op, packed, weights
 
-from hotcold.runtime.cpu.layout import TILE_MIN, AddParts, Choice, Down, MatMul, Norm, Pack, Rows, Select, Step
+from hotcold.runtime.cpu.layout import ARRAYS, TILE_MIN, AddParts, Choice, Down, MatMul, Norm, Pack, Rows, Select, Step
 
 K, N, MOST = 96, 50, 12
 NORM = {"k": K, "group": K, "n_weight": K, "eps": 1e-5, "gain": 1.0}
@@ -36,7 +36,7 @@ def chain(x: Buffer, out: Buffer) -> list[Op]:
 
 
 def _arrays(fields: dict[str, object]) -> dict[str, object]:
-    return {name: value for name, value in fields.items() if name.startswith("x")}
+    return {name: value for name, value in fields.items() if name in ARRAYS}
 
 
 def steps(level: str, n_threads: int, counts: list[int]) -> list[np.ndarray]:
