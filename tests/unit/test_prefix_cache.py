@@ -91,12 +91,23 @@ class Machine(RuleBasedStateMachine):
     @rule(i=WHICH, book=st.sampled_from(BOOKS), n=LENGTHS)
     def compute(self, i: int, book: list[int], n: int) -> None:
         ids = book[len(self.held[i]) :][:n]
+        if not ids:
+            return
         if len(self.held[i]) + len(ids) > N_CTX:
             with pytest.raises(ContextLengthError):
                 self.open[i].reserve(len(ids))
             return
         write(self.cache, self.open[i], ids)  # there is room for N_SEQUENCES, whatever was shared
         self.held[i] += ids
+
+    @rule(i=WHICH, book=st.sampled_from(BOOKS), n=LENGTHS, more=LENGTHS, tail=st.booleans())
+    def ask(self, i: int, book: list[int], n: int, more: int, tail: bool) -> None:
+        """What the scheduler does with a question."""
+        self.end(i, tail)
+        self.adopt(i, book, n)
+        self.compute(i, book, max(0, min(n, N_CTX) - len(self.held[i])))
+        self.share(i)
+        self.compute(i, book[::-1], more)
 
     @rule(i=WHICH, n=LENGTHS)
     def reserve_for_nothing(self, i: int, n: int) -> None:
@@ -139,8 +150,12 @@ class Machine(RuleBasedStateMachine):
             guest.close()
         self.guests.clear()
 
-    @rule()
-    def evict(self) -> None:
+    @rule(forget=st.sampled_from([False] * 4 + [True]))
+    def evict(self, forget: bool) -> None:
+        if forget:
+            self.cache.prefixes.clear()
+            assert not self.cache.prefixes.blocks
+            return
         before = {node.block: len(node.children) for node in self.cache.prefixes.nodes()}
         holders = {block: self.cache.holders(block) for block in before}
         idle = [block for block, n in holders.items() if n == 1]
@@ -151,11 +166,6 @@ class Machine(RuleBasedStateMachine):
         if leaves:
             assert all(holders[block] == 1 for block in before.keys() - left), "only what nobody else needs"
             assert gone == len(before) - len(left) <= -(-len(idle) // prefix_cache.SHARE)
-
-    @rule()
-    def forget(self) -> None:
-        self.cache.prefixes.clear()
-        assert not self.cache.prefixes.blocks
 
     @invariant()
     def everybody_has_their_own_bytes(self) -> None:
@@ -214,7 +224,7 @@ class WithGPU(Machine):
     copyable = False
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 WithGPU.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 TestCopyable = Machine.TestCase
 TestWithGPU = WithGPU.TestCase
