@@ -57,7 +57,8 @@ class LLM(Completions, Embedder, Stateful):
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
     before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from
     the cache, where they were computed one by one, and may differ by rounding from what a new LLM would say. Rounding
-    differs too between n_parallel = 1 without lookup, which is fastest for one answer, and all other settings.
+    differs too between n_parallel = 1 without lookup, which is fastest for one answer, and all other settings; and with
+    sparse FFNs by who else is answered, since tokens of one step share a list of neurons.
 
     Any number of threads and tasks may call. A stream is computed as it is read, at most answer.UNREAD pieces ahead;
     one that nobody reads gives its place to others.

@@ -24,6 +24,7 @@ _METADATA_NAMES = {
     "penalty_last_n": "repeat_last_n",
     "penalty_repeat": "repeat_penalty",
 }
+_HEIGHT = 64  # scores whose largest is looked at first
 _METADATA_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_last_n", "repeat_penalty")
 
 
@@ -251,12 +252,31 @@ def _largest(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     n = len(scores)
     if k <= 0 or k >= n:
         return np.arange(n)
-    edge = np.partition(scores, n - k)[n - k]
-    ids = np.flatnonzero(scores >= edge)
+    ids = _above(scores, k)
+    found = scores[ids]
+    edge = np.partition(found, len(ids) - k)[len(ids) - k]
+    ids = ids[found >= edge]
     if len(ids) > k:
         above = int((scores[ids] > edge).sum())
         tied = np.flatnonzero(scores[ids] == edge)
         ids = np.delete(ids, tied[k - above :])
+    return ids
+
+
+def _above(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Ids, in order, of few scores among which are the k largest and all that equal these."""
+    n = len(scores) // _HEIGHT  # columns of a table of the scores
+    if k > n // 4:
+        return np.arange(len(scores))
+    tops = scores[: n * _HEIGHT].reshape(_HEIGHT, n).max(axis=0)
+    # k columns have a score that is at least this, so the k-th largest of all is no less
+    bound = np.partition(tops, n - k)[n - k]
+    columns = np.flatnonzero(tops >= bound)
+    if len(columns) > n // 4:  # many are equal
+        return np.arange(len(scores))
+    ids = (np.arange(0, n * _HEIGHT, n)[:, None] + columns).ravel()
+    ids = np.concatenate([ids[scores[ids] >= bound], np.arange(n * _HEIGHT, len(scores))])
+    ids.sort()
     return ids
 
 

@@ -51,7 +51,7 @@ def noted(llm: LLM, ids: list[int], seen: list[bytes], n: int = 14, **options: A
 
 
 def alone(model: Path, ids: list[int], **options: Any) -> tuple[list[int], list[bytes]]:
-    with LLM(model, n_threads=2) as llm:
+    with LLM(model, n_threads=2, n_parallel=8) as llm:  # which chooses its kernels
         seen: list[bytes] = []
         answer = noted(llm, ids, seen, **options)
         list(answer)

@@ -251,3 +251,17 @@ def test_sampler_checks_what_it_is_given() -> None:
         Sampler(SamplingParams(logit_bias={100: 1.0}), 100)
     with pytest.raises(ParameterError, match="logits: got shape"):
         Sampler(SamplingParams(), 100).sample(np.zeros(99, np.float32))
+
+
+def test_the_largest_of_many_are_those_of_a_sort() -> None:
+    """Ties at the edge and everywhere, what is ruled out, lengths that fill no whole table."""
+    rng = np.random.default_rng(1)
+    for _ in range(400):
+        n, k = int(rng.integers(1, 9000)), int(rng.integers(1, 50))
+        row = rng.integers(0, int(rng.integers(1, 2000)), n).astype(np.float32)
+        if rng.random() < 0.3:
+            row[rng.random(n) < 0.99] = -np.inf
+        if rng.random() < 0.3:
+            row.sort()
+        wanted = np.lexsort((np.arange(n), -row))[:k]
+        np.testing.assert_array_equal(top_ids(row, k), wanted)
