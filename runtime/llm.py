@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 from ..formats.chat_template import ChatTemplate, load_template
 from ..formats.errors import ClosedError, ContextLengthError, FormatError, ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer, load_tokenizer
-from .answer import Answer, Constraint, Processor, Request, check_callables, check_max_tokens, check_stop
+from .answer import Answer, Constraint, Processor, Request, check_callables, check_stop
 from .chat_prompt import ChatPrompt, Messages
 from .completions import Completions
 from .cpu.layout import KV_BLOCK
 from .embedding import Embedder
-from .sampler import PARAM_NAMES, SamplingParams, check_ids, check_int, reject_unknown
+from .sampler import SamplingParams, check_ids, check_int
 from .scheduler import Scheduler
 from .state import Stateful
 from .stats import Stats
+from .texts import Texts
 from .turn import Turn
 
 if TYPE_CHECKING:
@@ -36,11 +37,9 @@ if TYPE_CHECKING:
     from .trace import Trace
 
 _ROWS = 128  # rows of logits asked of the engine at once
-_FORMS = ("schema", "regex", "grammar")
-_CALL_NAMES = ("max_tokens", "stop", "special", "tools", "logits_processor", *_FORMS, *PARAM_NAMES)
 
 
-class LLM(Completions, Embedder, Stateful):
+class LLM(Texts, Completions, Embedder, Stateful):
     """A language model out of a GGUF file; `with LLM("model.gguf") as llm: print(llm.chat("Hello"))`.
 
     model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
@@ -183,104 +182,6 @@ class LLM(Completions, Embedder, Stateful):
     def closed(self) -> bool:
         """Whether close() was called."""
         return self.scheduler.closed
-
-    def generate(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int | None = 256,
-        stop: str | Sequence[str] | None = None,
-        special: bool = False,
-        logits_processor: Processor | Sequence[Processor] | None = None,
-        **sampling: Any,
-    ) -> str:
-        """The text that continues a prompt (text or token ids).
-
-        max_tokens: None or -1 = until the context is full. stop: texts that end the answer, themselves left
-        out. special: parse control tokens (<|im_start|>) in the prompt. sampling: SamplingParams' fields; and one of
-        schema (a JSON schema or a pydantic model class; `Model.model_validate_json` reads the answer), regex and
-        grammar (Lark's or llama.cpp's notation), which the answer then fits if max_tokens lets it end.
-        """
-        return _join(self.stream(prompt, max_tokens, stop, special, logits_processor, **sampling))
-
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int | None = 256,
-        stop: str | Sequence[str] | None = None,
-        special: bool = False,
-        logits_processor: Processor | Sequence[Processor] | None = None,
-        **sampling: Any,
-    ) -> Generator[str, None, None]:
-        """The same as `generate`, piece by piece; whole characters, and never a part of a stop string.
-
-        Arguments are checked at once; the turn is taken at the first step and held until the stream ends.
-        """
-        _check_names(sampling)
-        limit = check_max_tokens(max_tokens)
-        return _texts(self.ask(prompt, limit, stop, special, logits_processor=logits_processor, **sampling))
-
-    def chat(
-        self,
-        messages: Messages,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        tools: list[Any] | None = None,
-        logits_processor: Processor | Sequence[Processor] | None = None,
-        **sampling: Any,
-    ) -> str:
-        """The assistant's answer to a conversation (dicts with role and content, or one user message).
-
-        Arguments as in `generate`; tools go to the chat template.
-        """
-        return _join(self.stream_chat(messages, max_tokens, stop, tools, logits_processor, **sampling))
-
-    def stream_chat(
-        self,
-        messages: Messages,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        tools: list[Any] | None = None,
-        logits_processor: Processor | Sequence[Processor] | None = None,
-        **sampling: Any,
-    ) -> Generator[str, None, None]:
-        """The same as `chat`, piece by piece, as `stream` does it."""
-        _check_names(sampling)
-        limit = check_max_tokens(max_tokens)
-        return _texts(self.ask_chat(messages, limit, stop, tools, logits_processor=logits_processor, **sampling))
-
-    async def astream(
-        self,
-        prompt: str | Sequence[int],
-        max_tokens: int | None = 256,
-        stop: str | Sequence[str] | None = None,
-        special: bool = False,
-        logits_processor: Processor | Sequence[Processor] | None = None,
-        **sampling: Any,
-    ) -> AsyncGenerator[str, None]:
-        """The same as `stream`, for `async for` in any event loop; a thread of its own computes."""
-        _check_names(sampling)
-        limit = check_max_tokens(max_tokens)
-        answer = self.ask(prompt, limit, stop, special, logits_processor=logits_processor, **sampling)
-        async with aclosing(_atexts(answer)) as texts:
-            async for text in texts:
-                yield text
-
-    async def astream_chat(
-        self,
-        messages: Messages,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        tools: list[Any] | None = None,
-        logits_processor: Processor | Sequence[Processor] | None = None,
-        **sampling: Any,
-    ) -> AsyncGenerator[str, None]:
-        """The same as `stream_chat`, as `astream` does it."""
-        _check_names(sampling)
-        limit = check_max_tokens(max_tokens)
-        answer = self.ask_chat(messages, limit, stop, tools, logits_processor=logits_processor, **sampling)
-        async with aclosing(_atexts(answer)) as texts:
-            async for text in texts:
-                yield text
 
     def tokenize(self, text: str, add_bos: bool = True, special: bool = False) -> list[int]:
         """Token ids of a text; add_bos: with BOS where the model wants one; special: parse control tokens."""
@@ -458,13 +359,6 @@ class LLM(Completions, Embedder, Stateful):
         return ids
 
 
-def _check_names(sampling: Mapping[str, Any]) -> None:
-    if "stream" in sampling:
-        raise ParameterError("stream: not an argument here; use stream() or stream_chat()")
-    reject_unknown(sampling, _CALL_NAMES)
-    reject_unknown(sampling, (*_FORMS, *PARAM_NAMES))
-
-
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -482,28 +376,8 @@ def _by_step(report: Callable[[str], None]) -> Callable[[str, int, int | None], 
     return progress
 
 
-def _texts(answer: Answer) -> Generator[str, None, None]:
-    with closing(iter(answer)) as pieces:
-        for piece in pieces:
-            if piece.text:
-                yield piece.text
-
-
-async def _atexts(answer: Answer) -> AsyncGenerator[str, None]:
-    async with aclosing(answer.__aiter__()) as pieces:
-        async for piece in pieces:
-            if piece.text:
-                yield piece.text
-
-
 def _check_serving(n_parallel: int, n_queue: int | None, lookup: int) -> tuple[int, int | None, int]:
     """Scheduler's arguments, checked."""
     most = check_int("n_parallel", n_parallel, 1, 128)
     queue = None if n_queue is None else check_int("n_queue", n_queue, 0)
     return most, queue, check_int("lookup", lookup, 0, 16)
-
-
-def _join(stream: Generator[str, None, None]) -> str:
-    # closed by hand: after a KeyboardInterrupt the traceback keeps an abandoned generator alive
-    with closing(stream):
-        return "".join(stream)
