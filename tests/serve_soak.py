@@ -2,8 +2,9 @@
 
     python tests/serve_soak.py [--model smollm2] [--clients 32] [--seconds 300] [--parallel 8] [--threads 2]
 
-Each greedy text is computed first by an LLM in this process, one answer at a time. A stream that ended must equal it,
-one that its client left must be a beginning of it. Where one differs, the gap between the two likeliest tokens at that
+Each greedy text is computed first by an LLM in this process, one answer at a time; like the server it is opened for
+several answers (for one alone, other kernels round otherwise). A stream that ended must equal it, one that its client
+left must be a beginning of it. Where one differs, the gap between the two likeliest tokens at that
 place is printed: rounding may turn a near tie, nothing may turn a clear choice. Exit code 1 where something is wrong.
 """
 
@@ -47,12 +48,20 @@ class Job:
 
 
 def make_jobs(
-    model: str | Path, *, n_ctx: int, n_jobs: int, n_prompt: int, n_answer: int, seed: int, n_threads: int = 1
+    model: str | Path,
+    *,
+    n_ctx: int,
+    n_jobs: int,
+    n_prompt: int,
+    n_answer: int,
+    n_parallel: int,
+    seed: int,
+    n_threads: int = 1,
 ) -> list[Job]:
     """Random requests of up to n_prompt tokens, some with shared beginnings, and their texts."""
     rng = random.Random(seed)
     text = " ".join("\n".join(topics[name] for name in sorted(topics)).split())
-    with LLM(model, n_ctx=n_ctx, n_threads=n_threads, progress=None) as llm:
+    with LLM(model, n_ctx=n_ctx, n_threads=n_threads, n_parallel=n_parallel) as llm:
         per_token = 4000 / len(llm.tokenize(text[:4000]))
 
         def piece(n_tokens: int) -> str:
@@ -234,7 +243,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--parallel", default="8")
+    parser.add_argument("--parallel", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ctx", type=int, default=2048)
     parser.add_argument("--jobs", type=int, default=64)
@@ -246,9 +255,9 @@ def main() -> None:
     options = parser.parse_args()
     model = resolve(options.model)
     sizes = {"n_ctx": options.ctx, "n_jobs": options.jobs, "n_prompt": options.prompt, "n_answer": options.answer}
-    jobs = make_jobs(model, seed=options.seed, n_threads=options.threads, **sizes)
+    jobs = make_jobs(model, seed=options.seed, n_threads=options.threads, n_parallel=options.parallel, **sizes)
     print(f"{len(jobs)} requests computed alone, {sum(len(job.gaps) for job in jobs)} tokens", file=sys.stderr)
-    arguments = ["--parallel", options.parallel, "--threads", str(options.threads), "--ctx", str(options.ctx)]
+    arguments = ["--parallel", str(options.parallel), "--threads", str(options.threads), "--ctx", str(options.ctx)]
     with Served(model, *arguments, *options.serve) as server:
         report = asyncio.run(soak(server, jobs, n_clients=options.clients, seconds=options.seconds, seed=options.seed))
         after = server.settled()

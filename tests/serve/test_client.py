@@ -23,7 +23,7 @@ NO_END = {"2": -100, "0": -100, "1": -100}  # the tiny model's control tokens
 @pytest.fixture(scope="module")
 def llm(served_model: Path) -> Iterator[LLM]:
     """The same model in this process: what one answer alone is."""
-    with LLM(served_model, n_ctx=2048, n_threads=1) as opened:
+    with LLM(served_model, n_ctx=2048, n_threads=1, n_parallel=4) as opened:
         yield opened
 
 

@@ -129,7 +129,7 @@ def test_without_a_key(served_model: Path) -> None:
 
 def test_small_soak(server: Served, served_model: Path) -> None:
     """32 clients, random prompts, lengths and disconnects: some seconds of tests/serve_soak.py."""
-    jobs = serve_soak.make_jobs(served_model, n_ctx=2048, n_jobs=24, n_prompt=120, n_answer=60, seed=3)
+    jobs = serve_soak.make_jobs(served_model, n_ctx=2048, n_jobs=24, n_prompt=120, n_answer=60, n_parallel=4, seed=3)
     report = asyncio.run(serve_soak.soak(server, jobs, n_clients=32, n_requests=160, seed=4))
     assert report.problems == []
     assert report.completed > 60 and report.left > 15
