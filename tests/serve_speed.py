@@ -177,15 +177,15 @@ def main() -> None:
             servers.append(("llama-cpp-python", peer, "peer", peer_sizes))
         found: dict[tuple[str, int], list[Load]] = {}
         salt = 0
-        for round in range(options.rounds + 1):  # the first warms up
+        for number in range(options.rounds + 1):  # the first warms up
             for size in sorted({*sizes, *peer_sizes}):
                 for label, server, name, wanted in servers:
-                    if size not in wanted or (round == 0 and size not in (1, max(wanted))):
+                    if size not in wanted or (number == 0 and size not in (1, max(wanted))):
                         continue
                     salt += 1
-                    each = 1 if round == 0 else options.each
+                    each = 1 if number == 0 else options.each
                     got = asyncio.run(load(server, name, size, each, options.tokens, options.chars, salt))
-                    if round:
+                    if number:
                         found.setdefault((label, size), []).append(got)
                         print(f"{label} {size}: {got.tok_s:.1f} tok/s, {got.short} short", file=sys.stderr, flush=True)
         report: dict[str, Any] = {"streams": [], "latency": [], "fairness": []}
