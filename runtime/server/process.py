@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -26,6 +26,9 @@ Loader = Callable[[], AbstractContextManager[LLM]]
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 HEADER_S = 30.0  # for the head of a request to come
 AFTER_GRACE_S = 5  # for the last words to be sent
+MOST_CONNECTIONS = 4096
+BACKLOG = 128  # connections that wait to be accepted, and that are accepted in one go
+OTHER_FILES = 64  # that the process opens besides
 
 
 def serve(models: Mapping[str, Loader], settings: Settings, say: Callable[[str], None]) -> None:
@@ -86,11 +89,12 @@ class Server(uvicorn.Server):
 
         class Protocol(BoundedProtocol):
             write_timeout = settings.write_timeout
+            most = most_connections()
 
         config = uvicorn.Config(
             make_app(service), http=Protocol, ws="none", loop="asyncio", lifespan="off", log_config=None,
             access_log=False, server_header=False, proxy_headers=False, timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(settings.grace) + AFTER_GRACE_S,
+            timeout_graceful_shutdown=int(settings.grace) + AFTER_GRACE_S, backlog=BACKLOG,
         )  # fmt: skip
         super().__init__(config)
 
@@ -120,9 +124,10 @@ class Server(uvicorn.Server):
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol, which drops clients that send no whole head, or read nothing, for too long."""
+    """uvicorn's protocol, which drops clients that send no whole head or read nothing for too long, or are too many."""
 
     write_timeout = 60.0
+    most = MOST_CONNECTIONS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come."""
@@ -130,6 +135,8 @@ class BoundedProtocol(H11Protocol):
         self.reading: asyncio.TimerHandle | None = None
         self.writing: asyncio.TimerHandle | None = None
         self._expect_head()
+        if len(self.connections) > self.most:  # else none could be accepted, and asyncio would log that all the time
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """It has sent something."""
@@ -165,6 +172,23 @@ class BoundedProtocol(H11Protocol):
 def _stop(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
+
+
+def most_connections() -> int:
+    """How many clients may be connected at once: as many as files may be open, a limit that is raised if it may be."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return MOST_CONNECTIONS
+    wanted = MOST_CONNECTIONS + BACKLOG + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+        return max(1, soft - BACKLOG - OTHER_FILES)
+    return MOST_CONNECTIONS
 
 
 def check_exposure(settings: Settings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -135,6 +136,25 @@ def test_small_soak(server: Served, served_model: Path) -> None:
     assert report.completed > 60 and report.left > 15
     after = server.settled()
     assert after.running == after.waiting == after.blocks == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell that sets limits")
+def test_more_connections_than_files(served_model: Path) -> None:
+    """They are dropped without a flood of tracebacks, and the server serves again when they are gone."""
+    limited = ["bash", "-c", 'ulimit -n 256; exec "$0" "$@"', *COMMAND, "serve"]
+    with Served(served_model, "--threads", "1", "--parallel", "1", command=limited) as server:
+        held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(400)]
+        for connection in held:
+            connection.settimeout(5)
+        # those who came first may stay
+        held[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert held[0].recv(64).startswith(b"HTTP/1.1 200")
+        for connection in held:
+            connection.close()
+        server.wait()
+        assert not any("Traceback" in line for line in server.log) and len(server.log) < 20
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
 
 
 def test_json_on_the_wire_is_utf8(server: Served, model: str) -> None:
