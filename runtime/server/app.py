@@ -53,12 +53,12 @@ def make_app(service: Service) -> ASGIApp:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    limit = service.settings.max_body
+    bounds = service.settings.max_body, service.room
 
     @app.post("/v1/chat/completions", **_documented(schemas.ChatRequest, shapes.ChatCompletion, stream=True))
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
-        body, given = await bodies.receive(request, schemas.ChatRequest, limit)
+        body, given = await bodies.receive(request, schemas.ChatRequest, *bounds)
         model, llm = service.pick(body.model)
         reply = await service.prepare(llm.open_chat, **{**given, "model": model})
         reply.start()
@@ -67,7 +67,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", **_documented(schemas.CompletionRequest, shapes.Completion, stream=True))
     async def complete(request: Request) -> Response:
         """Continue a prompt."""
-        body, given = await bodies.receive(request, schemas.CompletionRequest, limit)
+        body, given = await bodies.receive(request, schemas.CompletionRequest, *bounds)
         model, llm = service.pick(body.model)
         reply = await service.prepare(llm.open_completion, **{**given, "model": model})
         reply.start()
@@ -76,7 +76,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/responses", **_documented(schemas.ResponsesRequest, shapes.Response, stream=True))
     async def respond(request: Request) -> Response:
         """Answer a conversation, in the newer form; nothing is kept between requests."""
-        body, given = await bodies.receive(request, schemas.ResponsesRequest, limit)
+        body, given = await bodies.receive(request, schemas.ResponsesRequest, *bounds)
         model, llm = service.pick(body.model)
         wanted = {**responses.chat_request(given), "model": model}
         if body.stream:
@@ -91,14 +91,14 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings", **_documented(schemas.EmbeddingRequest, shapes.Embeddings))
     async def embed(request: Request) -> Response:
         """Embed texts."""
-        body, given = await bodies.receive(request, schemas.EmbeddingRequest, limit)
+        body, given = await bodies.receive(request, schemas.EmbeddingRequest, *bounds)
         model, llm = service.pick(body.model)
         small.check_dimensions(body.dimensions, llm.config.n_embd)
         return small.Embedding(service, model, llm, given)
 
 
 def _add_small(app: FastAPI, service: Service) -> None:
-    limit = service.settings.max_body
+    bounds = service.settings.max_body, service.room
 
     @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}})
     async def health() -> Response:
@@ -128,7 +128,7 @@ def _add_small(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", **_documented(schemas.TokenizeRequest, shapes.TokenIds))
     async def tokenize(request: Request) -> Response:
         """Cut a text into tokens."""
-        body, _ = await bodies.receive(request, schemas.TokenizeRequest, limit)
+        body, _ = await bodies.receive(request, schemas.TokenizeRequest, *bounds)
         _, llm = service.pick(body.model)
         ids = await service.prepare(llm.tokenize, body.content, body.add_special, body.parse_special)
         return JSONResponse({"tokens": small.pieces(llm.tokenizer, ids) if body.with_pieces else ids})
@@ -136,7 +136,7 @@ def _add_small(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", **_documented(schemas.DetokenizeRequest, shapes.Content))
     async def detokenize(request: Request) -> Response:
         """Put tokens together."""
-        body, _ = await bodies.receive(request, schemas.DetokenizeRequest, limit)
+        body, _ = await bodies.receive(request, schemas.DetokenizeRequest, *bounds)
         _, llm = service.pick(body.model)
         text = await service.prepare(llm.detokenize, body.tokens, True)
         return JSONResponse({"content": text})

@@ -6,13 +6,15 @@ import asyncio
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from .failures import APIError
+from .failures import RETRY_S, APIError
 
 MAX_DEPTH = 64  # of lists and objects within each other: templates and schemas walk them by recursion
 MAX_VALUES = 1 << 20  # one byte of JSON may cost a hundred of Python's
@@ -23,8 +25,36 @@ THREAD_BYTES = 1 << 14  # bodies above are parsed beside the event loop
 M = TypeVar("M", bound=BaseModel)
 
 
-async def read(request: Request, limit: int) -> bytes:
-    """All of the body; APIError 413 past `limit` bytes, 408 where it does not come."""
+class Room:
+    """Memory for all bodies that are being read and parsed, in bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes so many bytes more, until the block ends; APIError 429 where they are not there."""
+        taken = 0
+
+        def take(n: int) -> None:
+            nonlocal taken
+            if self.used + n > self.size:
+                raise APIError(
+                    429, f"body: those that are coming now have {self.size} bytes, which is the most; ask again later",
+                    "rate_limit_error", code="too_many_bodies",
+                    headers={"Retry-After": str(RETRY_S), "Connection": "close"},
+                )  # fmt: skip
+            self.used += n
+            taken += n
+
+        try:
+            yield take
+        finally:
+            self.used -= taken
+
+
+async def read(request: Request, limit: int, take: Callable[[int], None] = lambda n: None) -> bytes:
+    """All of the body; APIError 413 past `limit` bytes, 408 where it does not come. take: asked before more is kept."""
     announced = request.headers.get("content-length", "")
     length = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
     too_large = APIError(
@@ -47,6 +77,7 @@ async def read(request: Request, limit: int) -> bytes:
         piece = message.get("body", b"")
         size += len(piece)
         if size <= limit:
+            take(len(piece))
             parts += piece
         elif parts:
             parts = bytearray()
@@ -57,12 +88,13 @@ async def read(request: Request, limit: int) -> bytes:
             return bytes(parts)
 
 
-async def receive(request: Request, schema: type[M], limit: int) -> tuple[M, dict[str, Any]]:
+async def receive(request: Request, schema: type[M], limit: int, room: Room) -> tuple[M, dict[str, Any]]:
     """The body as its schema and, of the fields that the schema names, as plain values; APIError for a wrong one."""
-    raw = await read(request, limit)
-    if len(raw) > THREAD_BYTES:
-        return await asyncio.to_thread(checked, raw, schema)
-    return checked(raw, schema)
+    with room.share() as take:
+        raw = await read(request, limit, take)
+        if len(raw) > THREAD_BYTES:
+            return await asyncio.to_thread(checked, raw, schema)
+        return checked(raw, schema)
 
 
 def checked(raw: bytes, schema: type[M]) -> tuple[M, dict[str, Any]]:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ...formats.errors import HotcoldError
+from .bodies import Room
 from .failures import RETRY_S, APIError, shutting_down, unknown_model
 from .metrics import Metrics
 
@@ -54,6 +55,7 @@ class Settings:
     grace: float = 30.0
     verbose: bool = False
     max_body: int = 16 * MIB
+    max_bodies: int = 256 * MIB  # of all that are coming
     n_queue: int = 64  # requests for embeddings that may wait; answers wait in their model's queue
     keep_alive: float = 5.0  # a stream that has nothing to say says so this often
     write_timeout: float = 60.0  # how long a client may read nothing of what waits for it
@@ -66,6 +68,7 @@ class Service:
         self.names, self.settings = list(names), settings
         self.models: dict[str, LLM] = {}
         self.created = int(time.time())
+        self.room = Room(settings.max_bodies)
         self.stopping = self.over = False
         self.live: set[Ending] = set()
         self.embedding, self.n_embedding = ThreadPoolExecutor(EMBEDDING, "hotcold-embed"), 0

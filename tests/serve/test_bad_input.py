@@ -168,6 +168,30 @@ def _flood(server: Served, path: str, announced: bool) -> int:
     return int(reply.split()[1]) if reply else 0
 
 
+def test_many_large_bodies(server: Served, model: str) -> None:
+    """Bodies within the limit, all at once: memory is bounded, who comes too much is told, others are served."""
+    before = server.rss()
+    held = []
+    try:
+        for _ in range(26):
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            held.append(connection)
+            try:
+                connection.sendall(f"{head_of()}Content-Length: 16000000\r\n\r\n".encode())
+                for _ in range(15):
+                    connection.sendall(b"a" * 1_000_000)
+            except OSError:
+                break  # refused: the connection is closed
+        else:
+            assert held[-1].recv(64).startswith(b"HTTP/1.1 429")
+        status, found = server.get(CHAT, asked(model))
+        assert status == 200 and text_of(found)
+        assert server.rss() < before + (320 << 20)
+    finally:
+        for connection in held:
+            connection.close()
+
+
 def test_many_fields_and_long_values(server: Served, model: str) -> None:
     """A body within the limit that is all keys, all items or one long text costs no more than it should."""
     bodies = [

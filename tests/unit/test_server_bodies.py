@@ -235,3 +235,16 @@ def test_every_error_has_a_status() -> None:
 def test_a_bug_is_not_told_to_clients() -> None:
     failed = as_api_error(ValueError("/secret/path"))
     assert failed.status == 500 and "secret" not in failed.message
+
+
+def test_room_for_all_bodies() -> None:
+    """What one gives back, another may take; past it 429, and what was taken then comes back as well."""
+    room = bodies.Room(10)
+    with room.share() as first:
+        first(6)
+        with room.share() as second:
+            second(4)
+            error = refused(second, 1)
+            assert (error.status, error.headers["Retry-After"]) == (429, "1")
+        assert room.used == 6
+    assert room.used == 0
