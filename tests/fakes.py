@@ -63,10 +63,10 @@ class FakeTokenizer:
 class FakeSequence:
     """A sequence of an engine that remembers what ended sequences and full blocks held, and forgets nothing."""
 
-    def __init__(self, known: list[list[int]]) -> None:
+    def __init__(self, known: list[list[int]] | None = None) -> None:
         self.tokens: list[int] = []
         self.closed = False
-        self._known = known
+        self._known = [] if known is None else known
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -114,6 +114,9 @@ class FakeEngine:
         if chosen is not None:
             logits[chosen] = 30
         return logits
+
+    def eval(self, seq: FakeSequence, ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
+        return self.eval_batch([(seq, ids)], [len(ids) if all_logits else 1], by_rows=False)
 
     def eval_batch(
         self, batch: Sequence[tuple[FakeSequence, Sequence[int]]], outputs: Sequence[int], by_rows: bool

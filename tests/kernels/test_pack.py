@@ -31,16 +31,20 @@ def _panels(buffer: Buffer, dtype: Any, level: str, n_tok: int, *inner: int) -> 
 
 
 def _read_rows(fields: dict[str, Any], n_tok: int, k: int) -> Packed:
-    """The row form; its per-4 sums are checked here, and summed by 32."""
+    """The row form; what it has by lanes of 4 quants is checked here."""
     quants = fields["xq"].array.view(np.int8)[: n_tok * k].reshape(n_tok, k)
-    lanes = {name: fields[name].array[: n_tok * k] for name in ("xd", "xn", "xs")}
-    scales = lanes["xd"].view(np.float32).reshape(n_tok, -1, 8)
-    negated = lanes["xn"].view(np.int32).reshape(n_tok, -1)
-    sums = lanes["xs"].view(np.float32).reshape(n_tok, -1, 8)
+    lanes = {name: fields[name].array[: n_tok * k] for name in ("ld", "ln", "ls")}
+    scales = lanes["ld"].view(np.float32).reshape(n_tok, -1, 8)
+    negated = lanes["ln"].view(np.int32).reshape(n_tok, -1)
+    sums = lanes["ls"].view(np.float32).reshape(n_tok, -1, 8)
     assert (scales == scales[:, :, :1]).all()
     np.testing.assert_array_equal(negated, -quants.reshape(n_tok, -1, 4).astype(np.int32).sum(axis=2))
     np.testing.assert_array_equal(sums, -negated.reshape(sums.shape).astype(np.float32) * scales)
-    return Packed(quants, scales[:, :, 0], sums.reshape(n_tok, -1, 4).sum(axis=2), sums.sum(axis=2))
+    by_block, by_16, by_32 = (fields[name].array.view(np.float32) for name in ("xd", "xn", "xs"))
+    found = (by_block[: n_tok * k // 32], by_16[: n_tok * k // 16], by_32[: n_tok * k // 32])
+    by_block, by_16, by_32 = (array.reshape(n_tok, -1) for array in found)
+    np.testing.assert_array_equal(by_block, scales[:, :, 0])
+    return Packed(quants, by_block, by_16, by_32)
 
 
 def _read_panels(fields: dict[str, Any], level: str, n_tok: int, k: int) -> Packed:
