@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -36,6 +37,9 @@ class KVCache:
         self._fresh = 0  # blocks from here on were never taken
         self._free: list[int] = []
         self._guests = 0  # blocks that guests hold
+        self.lenders: list[
+            Callable[[], None]
+        ] = []  # to be called where memory is short: who holds blocks and can do without
         self._holders = [0] * self.n_blocks
         self.prefixes = PrefixCache(self)
 
@@ -63,10 +67,10 @@ class KVCache:
 
     def take(self, guest: bool = False) -> int:
         """A block for one holder: a free one, or the one that was wanted least lately."""
-        most, used = self.n_blocks - self.n_spare, self.n_used - self._guests
-        if self._guests == self.n_spare if guest else used == most and not self.prefixes.evict():
-            n_tokens = KV_BLOCK * (self.n_spare if guest else most)
-            raise ContextLengthError(f"KV cache is full: all {n_tokens} tokens are in use; close a sequence")
+        most = self.n_spare if guest else self.n_blocks - self.n_spare
+        full = self._guests == most if guest else self.n_used - self._guests == most and not self._make_room()
+        if full:
+            raise ContextLengthError(f"KV cache is full: all {KV_BLOCK * most} tokens are in use; close a sequence")
         self._guests += guest
         if self._free:
             block = self._free.pop()
@@ -75,6 +79,13 @@ class KVCache:
             self._fresh += 1
         self._holders[block] = 1
         return block
+
+    def _make_room(self) -> bool:
+        if self.prefixes.evict():
+            return True
+        for give_back in list(self.lenders):
+            give_back()
+        return self.prefixes.evict() > 0
 
     def hold(self, block: int) -> int:
         """One holder more; gives the block."""

@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -20,8 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..formats.errors import ContextLengthError, FormatError, ModelNotFoundError
-from ..formats.section_file import replacing
-from ..formats.section_layout import tensor_hash
 from .cpu.layout import KV_BLOCK
 
 if TYPE_CHECKING:
@@ -38,6 +37,8 @@ _TABLE_ROW = 2 + KV_BLOCK
 
 def identity(engine: Engine) -> bytes:
     """SHA-256 of what keys and values depend on: the model's numbers, samples of its weights, what else is computed."""
+    from ..formats.section_layout import tensor_hash  # who saves nothing shall not wait for it
+
     file, config, plan = engine.file, engine.config, engine.plan
     digest = hashlib.sha256(tensor_hash(file).encode())
     for field in fields(config):
@@ -59,7 +60,8 @@ def identity(engine: Engine) -> bytes:
 class Snapshot:
     """The blocks that a cache knows by their tokens, held until close(); nobody changes them meanwhile.
 
-    To be made and closed in the engine's turn; write() may run beside its steps.
+    To be made and closed in the engine's turn; write() may run beside its steps. If these need the blocks, the cache
+    has them back, and what is not written yet is kept in memory of its own.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -69,6 +71,10 @@ class Snapshot:
         nodes = sorted(cache.prefixes.nodes(), key=lambda node: -node.used)  # no child is used later than its parent
         index = {id(node): i for i, node in enumerate(nodes)}
         self._rows = [(index.get(id(node.parent), -1), node.tokens, cache.hold(node.block)) for node in nodes]
+        self._lock = threading.Lock()  # guards what follows
+        self._written, self._holds = 0, True
+        self._copies: dict[int, list[bytes]] = {}  # by row
+        cache.lenders.append(self.give_back)
 
     @property
     def n_tokens(self) -> int:
@@ -77,6 +83,8 @@ class Snapshot:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all; StorageError where the disk refuses."""
+        from ..formats.section_file import replacing
+
         layers, key_bytes, value_bytes = _geometry(self._cache)
         head = MAGIC, VERSION, self._identity, layers, KV_BLOCK, key_bytes, value_bytes, len(self._rows)
         table = np.zeros((len(self._rows), _TABLE_ROW), "<i4")
@@ -88,18 +96,39 @@ class Snapshot:
             for piece in (_HEAD.pack(*head), table.tobytes()):
                 digest.update(piece)
                 file.write(piece)
-            for _, tokens, block in self._rows:
-                for data in _block(self._cache, self._config, block, len(tokens)):
+            for row in range(len(self._rows)):
+                with self._lock:
+                    pieces = self._copies.pop(row, None) or self._pieces(row)
+                    self._written = row + 1
+                for data in pieces:
                     digest.update(data)
                     file.write(data)
             file.write(digest.digest())
             file.flush()
             os.fsync(file.fileno())
 
+    def _pieces(self, row: int) -> list[bytes]:
+        _, tokens, block = self._rows[row]
+        return [bytes(data) for data in _block(self._cache, self._config, block, len(tokens))]
+
+    def give_back(self) -> None:
+        """Let the blocks go, in the engine's turn, and keep copies of those that are not written."""
+        with self._lock:
+            if self._holds:
+                self._copies = {row: self._pieces(row) for row in range(self._written, len(self._rows))}
+                self._let_go()
+
     def close(self) -> None:
         """Let the blocks go."""
+        with self._lock:
+            self._copies = {}
+            if self._holds:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._holds = False
+        self._cache.lenders.remove(self.give_back)
         self._cache.give([block for _, _, block in self._rows])
-        self._rows = []
 
 
 def _geometry(cache: KVCache) -> tuple[int, int, int]:

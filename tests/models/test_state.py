@@ -100,6 +100,32 @@ def _data(path: Path) -> list[bytes]:
     return [raw[start + i * size : start + (i + 1) * size] for i in range(n)]
 
 
+@pytest.mark.parametrize("written", [0, 2])
+def test_answers_have_their_room_while_a_state_is_written(model: Path, tmp_path: Path, written: int) -> None:
+    prompts = [[i] * 40 for i in (5, 6)]
+    with closing(opened(model, n_ctx=96)) as engine:
+        feed(engine, *prompts)
+        save(engine, tmp_path / "quiet")
+        with closing(engine.snapshot()) as snapshot:
+            held = engine.cache.n_used
+            pieces = snapshot._pieces
+
+            def interrupted(row: int) -> list[bytes]:
+                if row == written:
+                    snapshot._pieces = pieces  # type: ignore[method-assign]
+                    snapshot._lock.release()
+                    with closing(engine.new_sequence()) as sequence:
+                        engine.eval(sequence, [7] * 96)  # all that there is
+                    snapshot._lock.acquire()
+                    return snapshot._copies.pop(row)
+                return pieces(row)
+
+            snapshot._pieces = interrupted  # type: ignore[method-assign]
+            snapshot.write(tmp_path / "busy")
+            assert engine.cache.n_used < held and not engine.cache.lenders
+    assert (tmp_path / "busy").read_bytes() == (tmp_path / "quiet").read_bytes()
+
+
 def test_lanes_of_others_are_not_saved(model: Path, tmp_path: Path) -> None:
     """A block that was longer once: what followed in it is zero in the file."""
     with opened(model) as engine:
