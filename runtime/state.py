@@ -96,10 +96,10 @@ class Snapshot:
             for piece in (_HEAD.pack(*head), table.tobytes()):
                 digest.update(piece)
                 file.write(piece)
-            for row in range(len(self._rows)):
+            for number in range(len(self._rows)):
                 with self._lock:
-                    pieces = self._copies.pop(row, None) or self._pieces(row)
-                    self._written = row + 1
+                    pieces = self._copies.pop(number, None) or self._pieces(number)
+                    self._written = number + 1
                 for data in pieces:
                     digest.update(data)
                     file.write(data)

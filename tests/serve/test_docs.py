@@ -2,7 +2,7 @@
 
 A page's Python is one program, block by block. Its first `hotcold serve` is the server that is started; what begins
 with curl is run by bash, and what begins with llm by that. `console` blocks are for reading. A tiny model stands in for
-smollm2; HOTCOLD_DOCS_MODEL names another.
+smollm2; HOTCOLD_DOCS_MODEL names another. With HOTCOLD_TEST_RECIPES set, what is not installed is a failure.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def test_pictures_are_small() -> None:
 def test_page(page: str, model: str, tmp_path: Path) -> None:
     missing = [module for module in PAGES[page] if not is_there(module)]
     if missing:
+        assert "HOTCOLD_TEST_RECIPES" not in os.environ, f"docs/{page} needs {', '.join(missing)}"
         pytest.skip(f"docs/{page} needs {', '.join(missing)}")
     starts = [block for block in blocks(page, "sh") if block.startswith("hotcold serve")]
     if page == "llm.md":
