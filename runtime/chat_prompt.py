@@ -12,6 +12,7 @@ from ..formats.errors import ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer
 
 Messages = str | Sequence[Mapping[str, Any]]
+_SPEAKERS = ("system", "developer", "user")
 
 
 class ChatPrompt:
@@ -77,7 +78,10 @@ def check_messages(messages: Messages) -> list[dict[str, Any]]:
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ParameterError(f"messages[{i}]: got {message!r:.60}, wanted a dict with a role and content")
-        checked.append({**message, "content": _content(i, message.get("content"))})
+        content = _content(i, message.get("content"))
+        if content is None and message["role"] in _SPEAKERS:  # templates put it behind other text
+            raise ParameterError(f"messages[{i}].content: got none, wanted a text or a list of parts")
+        checked.append({**message, "content": content})
     return checked
 
 

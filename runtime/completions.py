@@ -35,12 +35,17 @@ class Completions:
         max_tokens: 16 where it is missing, -1 = until the context is full, 0 = no answer (with echo and logprobs it
         scores the prompt). Beyond OpenAI's: top_k, min_p, typical_p, repeat_penalty, repeat_last_n, special (parse
         control tokens in the prompt), and schema, regex or grammar (see `generate`). None counts as missing; unknown
-        fields are left alone.
+        fields are left alone. UnsupportedError for a suffix, which at OpenAI is text to insert before.
         """
         fields = Fields(request)
+        fields.refuse("suffix", "hotcold cannot insert text before another; leave it out")
+        return self._open_completion(fields)
+
+    def _open_completion(self, fields: Fields, suffix: str = "") -> Reply:
+        """suffix: comes behind each answer."""
         prompts, n = split_prompts(fields.required("prompt")), fields.count()
         _check_choices(len(prompts) * n)
-        echo, suffix, special = fields.flag("echo"), fields.text("suffix"), fields.flag("special")
+        echo, special = fields.flag("echo"), fields.flag("special")
         asked = {
             "max_tokens": fields.limit("max_tokens", default=16),
             "stop": fields.stop(),
@@ -138,14 +143,15 @@ class Completions:
         appended to the text (no fill-in-the-middle). other: n, stream_options, schema, regex (see `open_completion`).
         """
         check_other(other, ("n", "best_of", "stream_options", "schema", "regex"))
-        reply = self.open_completion(
+        fields = Fields(dict(
             **other, prompt=_given(prompt, "prompt"), suffix=suffix, max_tokens=_limit(max_tokens), stop=stop,
             temperature=temperature, top_p=top_p, min_p=min_p, typical_p=typical_p, logprobs=logprobs, echo=echo,
             frequency_penalty=frequency_penalty, presence_penalty=presence_penalty, repeat_penalty=repeat_penalty,
             top_k=top_k, stream=stream, seed=seed, logits_processor=logits_processor, logit_bias=logit_bias,
             stopping_criteria=stopping_criteria, model=model, repeat_last_n=repeat_last_n, special=special,
             grammar=grammar,
-        )  # fmt: skip
+        ))  # fmt: skip
+        reply = self._open_completion(fields, fields.text("suffix"))
         return reply.chunks() if stream else reply.whole()
 
     __call__ = create_completion

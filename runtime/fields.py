@@ -12,7 +12,8 @@ from .sampler import check_int, reject_unknown
 
 MOST_CHOICES = 128  # answers to one request
 MOST_TOP = 100  # alternatives to one token
-_MOST_STOPS, _LONGEST_STOP = 64, 1024
+MOST_STOPS, _LONGEST_STOP = 64, 1024
+MOST_TOOLS, LONGEST_NAME = 128, 128  # functions, and characters of the name of one
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n", "presence_penalty",
     "frequency_penalty", "logit_bias", "seed",
@@ -48,6 +49,12 @@ class Fields:
             if value is not None and neutral is not None and value not in neutral:
                 instead = _INSTEAD.get(name, "leave it out")
                 raise UnsupportedError(f"{name}: got {value!r:.60}, and hotcold has no such feature; {instead}")
+
+    def refuse(self, name: str, why: str) -> None:
+        """UnsupportedError where a text is given for it; an empty one is none."""
+        value = self.text(name)
+        if value:
+            raise UnsupportedError(f"{name}: got {value!r:.60}, and {why}")
 
     def any(self, name: str) -> Any:
         """The value as it is, or None."""
@@ -92,8 +99,8 @@ class Fields:
         found = [value] if isinstance(value, str) else value
         if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) and item for item in found):
             raise ParameterError(f"stop: got {value!r:.60}, wanted a non-empty text or a list of such")
-        if len(found) > _MOST_STOPS or any(len(item) > _LONGEST_STOP for item in found):
-            wanted = f"at most {_MOST_STOPS} texts of {_LONGEST_STOP} characters"
+        if len(found) > MOST_STOPS or any(len(item) > _LONGEST_STOP for item in found):
+            wanted = f"at most {MOST_STOPS} texts of {_LONGEST_STOP} characters"
             raise ParameterError(f"stop: got {len(found)} texts, some of them long, wanted {wanted}")
         return list(found)
 

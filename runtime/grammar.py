@@ -5,32 +5,40 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..formats.errors import ParameterError, UnsupportedError
+from ..formats.errors import BusyError, ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer
 from .digit_limit import DigitLimit
 from .gbnf import gbnf_to_lark, is_gbnf
 from .json_schema import MOST_NULLABLE, check_pattern, nullable, prepared
 
-# What a hostile source may cost. llguidance counts its own work; it recurses along chains of rules, up to 4 KB a rule.
+# What a hostile source may cost. llguidance counts its own work, but what it counts may cost more in a larger grammar;
+# it recurses along chains of rules, up to 4 KB a rule. GBNF of JSON needs 5000 items with 50,000 tokens.
 _LONGEST = 128 << 10  # characters of a source
 _MOST_RULES = 4000
+_MOST_WAYS = 250_000  # rules (and repeats) times alternatives
 _STACK = 128 << 20
 _LIMITS = {
-    "max_lexer_states": 50_000, "step_max_items": 200_000, "max_items_in_row": 10_000, "verbose_errors": False
+    "max_lexer_states": 20_000, "step_max_items": 25_000, "max_items_in_row": 5000, "initial_lexer_fuel": 500_000,
+    "step_lexer_fuel": 100_000, "max_grammar_size": 200_000, "verbose_errors": False,
 }  # fmt: skip
+_STEP_S = 0.25  # of one token's mask, in which every other answer waits
+_COMPILE_S = 5.0  # for which a request waits; what takes longer is left to itself
+_slots = threading.BoundedSemaphore(3)  # compilations at a time, those left to themselves too
 _TERMINAL = re.compile(r"\b_?[A-Z][A-Z0-9_]*\b")
 _KEPT = 16  # compiled grammars kept for each model
 # Fixed separators, as Python's json.dumps writes them: where any white space may come, small models write it forever.
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _HEADER = '%llguidance {"no_forcing": true}\n'
+T = TypeVar("T")
 
 
 class Constraint:
@@ -45,8 +53,7 @@ class Constraint:
         Tokens that end the answer stay exactly where it may end; where it must, nothing else does. ParameterError
         where the grammar asks too much, or for what no token of the vocabulary says.
         """
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        mask = np.frombuffer(self._bounded(self._matcher.compute_bitmask), np.uint8)
         allowed = np.unpackbits(mask, count=min(len(scores), 8 * len(mask)), bitorder="little").view(bool)
         if not allowed.any():
             raise ParameterError(f"{self._name}: no token of this model can come next; loosen it")
@@ -58,8 +65,7 @@ class Constraint:
     def accept(self, token: int) -> None:
         """Note that this token came; ParameterError for one that might not."""
         if token not in self._stop_ids:
-            self._matcher.consume_token(token)
-            self._check()
+            self._bounded(lambda: self._matcher.consume_token(token))
             if self._digits is not None:
                 self._digits.accept(token)
 
@@ -67,6 +73,15 @@ class Constraint:
         """Another one in the same state, for another answer."""
         digits = self._digits and self._digits.copy()
         return Constraint(self._matcher.deep_copy(), self._name, self._stop_ids, digits)
+
+    def _bounded(self, work: Callable[[], T]) -> T:
+        """What `work` returns; ParameterError where it fails, and where it took this thread long."""
+        start = time.thread_time()
+        found = work()
+        self._check()
+        if time.thread_time() - start > _STEP_S:
+            raise ParameterError(f"{self._name}: got one that takes over {_STEP_S:g} s for a token; make it simpler")
+        return found
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -145,12 +160,37 @@ def check_source(name: str, text: object) -> str:
     return text
 
 
+class _Compiled:
+    """A grammar that is compiled, or will be by the first who asks; who asks for another does not wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._matcher: Any = None
+        self._error = ""
+
+    def matcher(self, compile: Callable[[], Any], name: str) -> Any:
+        if not self._lock.acquire(timeout=_COMPILE_S):
+            raise BusyError(f"{name}: it is being compiled; ask again later")
+        try:
+            if self._error:
+                raise ParameterError(self._error)
+            if self._matcher is None:
+                try:
+                    self._matcher = _on_large_stack(compile, name)
+                except ParameterError as error:
+                    self._error = str(error)
+                    raise
+            return self._matcher.deep_copy()
+        finally:
+            self._lock.release()
+
+
 class _Grammars:
     """The grammars compiled for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._lock = threading.Lock()
-        self._found: OrderedDict[str, Any] = OrderedDict()
+        self._found: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
         self._stop_ids = tokenizer.stop_ids
         if not self._stop_ids:
             raise UnsupportedError("this model has no token that ends an answer, which schema, regex and grammar need")
@@ -160,15 +200,12 @@ class _Grammars:
 
     def constraint(self, source: str, name: str, is_json: bool) -> Constraint:
         with self._lock:
-            matcher = self._found.get(source)
-            if matcher is None:
-                matcher = _on_large_stack(lambda: self._compile(source, name))
-                self._found[source] = matcher
-                if len(self._found) > _KEPT:
-                    self._found.popitem(last=False)
-            self._found.move_to_end(source)
-            digits = self._digits if is_json else None
-            return Constraint(matcher, name, self._stop_ids, digits).copy()
+            found = self._found.setdefault((source, name), _Compiled())
+            self._found.move_to_end((source, name))
+            if len(self._found) > _KEPT:
+                self._found.popitem(last=False)
+        matcher = found.matcher(lambda: self._compile(source, name), name)
+        return Constraint(matcher, name, self._stop_ids, self._digits.copy() if is_json else None)
 
     def _compile(self, source: str, name: str) -> Any:
         llguidance = _library()
@@ -215,9 +252,12 @@ def _tokenizer(tokenizer: Tokenizer, tokens: list[bytes]) -> Any:
     return llguidance.LLTokenizer(wrapped, n_vocab=len(tokens), eos_token=sorted(tokenizer.stop_ids))
 
 
-def _on_large_stack(work: Callable[[], Any]) -> Any:
-    """Run in a thread whose stack survives the recursion that the longest source can cause."""
-    done: list[Any] = []
+def _on_large_stack(work: Callable[[], T], name: str) -> T:
+    """Run in a thread whose stack survives the recursion that the longest source can cause.
+
+    ParameterError where it takes too long, BusyError where others have taken all threads.
+    """
+    done: list[T] = []
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -225,17 +265,27 @@ def _on_large_stack(work: Callable[[], Any]) -> Any:
             done.append(work())
         except BaseException as error:
             errors.append(error)
-
-    with _lock:
-        before = threading.stack_size(_STACK)
-        try:
-            thread = threading.Thread(target=run, name="hotcold-grammar", daemon=True)
-            thread.start()
         finally:
-            threading.stack_size(before)
-    thread.join()
+            _slots.release()
+
+    if not _slots.acquire(timeout=_COMPILE_S):
+        raise BusyError(f"{name}: too many others are being compiled; ask again later")
+    try:
+        with _lock:
+            before = threading.stack_size(_STACK)
+            try:
+                thread = threading.Thread(target=run, name="hotcold-grammar", daemon=True)
+                thread.start()
+            finally:
+                threading.stack_size(before)
+    except BaseException:
+        _slots.release()
+        raise
+    thread.join(_COMPILE_S)
     if errors:
         raise errors[0]
+    if not done:
+        raise ParameterError(f"{name}: got one that takes over {_COMPILE_S:g} s to compile; make it simpler")
     return done[0]
 
 
@@ -252,7 +302,7 @@ def _lark(text: str) -> str:
     if is_gbnf(text):
         text = gbnf_to_lark(text)
     else:
-        plain = re.sub(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*', " ", text)
+        plain = _without_literals(text)
         if re.search(r"[&~]", plain):
             raise ParameterError("grammar: got & or ~ between terminals, which can cost any time; write it without")
         if re.search("%(llguidance|regex|lark|import)", plain):
@@ -267,7 +317,22 @@ def _lark(text: str) -> str:
         _check_terminals(text)
     if text.count("\n") > _MOST_RULES:
         raise ParameterError(f"grammar: got {text.count(chr(10))} lines, wanted at most {_MOST_RULES}")
+    _check_ways(text)
     return text
+
+
+def _check_ways(text: str) -> None:
+    """ParameterError for a grammar in which one text may be read in very many ways: time grows with their square."""
+    plain = re.sub(r"(?m)^[ \t]*_?[A-Z][^\n]*(?:\n[ \t]*\|[^\n]*)*", "", _without_literals(text))  # no terminals
+    repeats = len(re.findall(r"[?*+]|\{\s*\d", plain))  # each is a rule with alternatives, too
+    rules, alternatives = len(re.findall("(?m)^[^:\n]*:", plain)) + repeats, plain.count("|") + repeats + 1
+    if rules * alternatives > _MOST_WAYS:
+        wanted = f"at most {_MOST_WAYS} of them multiplied"
+        raise ParameterError(f"grammar: got {rules} rules and repeats and {alternatives} alternatives, wanted {wanted}")
+
+
+def _without_literals(text: str) -> str:
+    return re.sub(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*', " ", text)
 
 
 def _check_terminals(text: str) -> None:

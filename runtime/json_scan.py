@@ -28,6 +28,7 @@ class ObjectScanner:
         self._name = ""
         self._sent: int | None = None  # arguments up to here were given
         self._waiting = ""  # arguments that came before the name
+        self._given = False  # any arguments
         self.begun = self.failed = self.done = self.emitted = False
 
     def push(self, text: str) -> tuple[int, list[tuple[str, str]]]:
@@ -119,8 +120,6 @@ class ObjectScanner:
             if inner.done and inner.emitted:
                 self.emitted, self._given = True, True
                 events.extend(found)
-
-    _given = False
 
     def _give(self, events: list[tuple[str, str]], text: str) -> None:
         if text:

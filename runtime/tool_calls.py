@@ -11,12 +11,13 @@ from typing import Any
 
 from ..formats.errors import ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer
+from .fields import LONGEST_NAME, MOST_TOOLS
 from .grammar import Constraint, check_source, compiled, json_rule
 from .json_scan import ObjectScanner
 
-_MOST_TOOLS = 128
+_CHARS = "a-z A-Z 0-9 _ . : / -"
 _MOST_CALLS = 16  # that a forced answer may hold
-_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+_NAME = re.compile(rf"[A-Za-z0-9_.:/-]{{1,{LONGEST_NAME}}}")
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def _list(tools: object) -> list[object]:
         return []
     if not isinstance(tools, (list, tuple)):
         raise ParameterError(f"tools: got {type(tools).__name__}, wanted a list of tools")
-    if len(tools) > _MOST_TOOLS:
-        raise ParameterError(f"tools: got {len(tools)}, wanted at most {_MOST_TOOLS}")
+    if len(tools) > MOST_TOOLS:
+        raise ParameterError(f"tools: got {len(tools)}, wanted at most {MOST_TOOLS}")
     return list(tools)
 
 
@@ -109,7 +110,7 @@ def _checked_tool(i: int, tool: object) -> dict[str, Any]:
     name, description = function.get("name"), function.get("description")
     parameters = function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ParameterError(f"{where}.function.name: got {name!r:.60}, wanted up to 128 of a-z A-Z 0-9 _ . : / -")
+        raise ParameterError(f"{where}.function.name: got {name!r:.60}, wanted up to {LONGEST_NAME} of {_CHARS}")
     if description is not None and not isinstance(description, str):
         raise ParameterError(f"{where}.function.description: got {type(description).__name__}, wanted a text")
     if parameters is None:

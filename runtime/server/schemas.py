@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-MAX_N = 128  # answers to one request
-MAX_STOPS = 32
+from ..fields import LONGEST_NAME, MOST_TOOLS
+from ..fields import MOST_CHOICES as MAX_N
+from ..fields import MOST_STOPS as MAX_STOPS
+
 MAX_INPUTS = 2048  # texts in one request for embeddings, as OpenAI has it
 MAX_BIASES = 4096
 MAX_TURNS = 10_000
@@ -115,7 +117,7 @@ class Message(Schema):
 class Function(Schema):
     """A function that the model may call; parameters is a JSON schema."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
     description: str | None = None
     parameters: JSONObject | None = None
     strict: bool | None = None
@@ -182,7 +184,7 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: Format | None = None
-    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Choice | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
@@ -211,7 +213,7 @@ class ResponsesTool(Schema):
     """A function, in the flat form of /v1/responses."""
 
     type: Literal["function"]
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
     description: str | None = None
     parameters: JSONObject | None = None
     strict: bool | None = None
@@ -258,7 +260,7 @@ class ResponsesRequest(Schema):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     stream: bool | None = None
-    tools: Annotated[list[ResponsesTool], Field(max_length=128, fail_fast=True)] | None = None
+    tools: Annotated[list[ResponsesTool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: Choice | ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponsesText | None = None

@@ -20,8 +20,9 @@ from pydantic import BaseModel, Field
 from schemas import CHECKER, make_schema
 from vocabularies import byte_level, sentencepiece
 
-from hotcold.formats.errors import HotcoldError, ParameterError, UnsupportedError
+from hotcold.formats.errors import BusyError, HotcoldError, ParameterError, UnsupportedError
 from hotcold.formats.tokenizer import Tokenizer
+from hotcold.runtime import grammar
 from hotcold.runtime.gbnf import gbnf_to_lark
 from hotcold.runtime.grammar import Constraint, constraint
 
@@ -507,3 +508,90 @@ def test_who_asks_for_nothing_loads_nothing() -> None:
     )
     root: Callable[[], str] = lambda: str(__import__("pathlib").Path(__file__).parents[2])  # noqa: E731
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root())
+
+
+def ambiguous(n: int, letters: str = "a-z ") -> str:
+    """n rules, each of which reads what the others read."""
+    lines = [f"b{i}: /[{letters}]{{1,{i % 7 + 1}}}/ a?" for i in range(n)]
+    return "\n".join(["start: a*", "a: " + " | ".join(f"b{i}" for i in range(n)), *lines]) + "\n"
+
+
+@pytest.mark.parametrize("n, problem", [(1500, "3003 rules and repeats and 3001 alternatives"), (4000, "4002 lines")])
+def test_too_many_ways_to_read_one_text(plain: Tokenizer, n: int, problem: str) -> None:
+    with pytest.raises(ParameterError, match=f"^grammar: got {problem}, wanted at most"):
+        constraint(plain, grammar=ambiguous(n))
+
+
+def test_many_plain_alternatives_are_no_such_thing(plain: Tokenizer) -> None:
+    words = [f"w{i}" for i in range(2000)]
+    gbnf = 'root ::= "(" word ")"\nword ::= ' + " | ".join(f'"{word}"' for word in words)
+    lark = 'start: "(" WORD ")"\nWORD: ' + "\n | ".join(f'"{word}"' for word in words)
+    for source in (gbnf, lark, "start: " + '%json {"enum": ["' + '", "'.join(words) + '"]}'):
+        it = constraint(plain, grammar=source)
+        assert it is not None and accepts(it, plain, '"w1999"' if "%json" in source else "(w1999)")
+
+
+def test_a_token_that_takes_long_ends_the_answer(plain: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = constraint(plain, regex="a+")
+    assert it is not None
+    clock = iter([0.0, 0.2, 1.0, 1.3])
+    monkeypatch.setattr(grammar.time, "thread_time", lambda: next(clock))
+    allowed(it, plain.n_vocab)
+    with pytest.raises(ParameterError, match="^regex: got one that takes over 0.25 s for a token"):
+        allowed(it, plain.n_vocab)
+
+
+def test_a_compilation_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is left to itself; others are compiled meanwhile, as long as there are threads for them."""
+    plain, go, real = byte_level(), threading.Event(), grammar._Grammars._compile
+    threads: list[threading.Thread] = []
+
+    def compile(self: Any, source: str, name: str) -> Any:
+        if "slow" in source:
+            threads.append(threading.current_thread())
+            assert go.wait(60)
+        return real(self, source, name)
+
+    monkeypatch.setattr(grammar._Grammars, "_compile", compile)
+    assert constraint(plain, regex="known") is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar, "_COMPILE_S", 0.05)
+        for i in range(3):
+            with pytest.raises(ParameterError, match="^regex: got one that takes over 0.05 s to compile"):
+                constraint(plain, regex=f"slow{i}")
+        assert len(threads) == 3 and all(thread.daemon for thread in threads)
+        with pytest.raises(ParameterError, match="to compile"):  # it is not tried again
+            constraint(plain, regex="slow0")
+        with pytest.raises(BusyError, match="^regex: too many others"):
+            constraint(plain, regex="other")
+        assert constraint(plain, regex="known") is not None and len(threads) == 3
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert constraint(plain, regex="other") is not None
+
+
+def test_compilations_do_not_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, begun, go, real = byte_level(), threading.Event(), threading.Event(), grammar._Grammars._compile
+    compiled: list[str] = []
+
+    def compile(self: Any, source: str, name: str) -> Any:
+        compiled.append(source)
+        if "slow" in source:
+            begun.set()
+            assert go.wait(60)
+        return real(self, source, name)
+
+    monkeypatch.setattr(grammar._Grammars, "_compile", compile)
+    monkeypatch.setattr(grammar, "_COMPILE_S", 60.0)
+    found: list[Constraint | None] = []
+    threads = [threading.Thread(target=lambda: found.append(constraint(plain, regex="slow"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(60)
+    quick = constraint(plain, regex="quick")
+    assert quick is not None and accepts(quick, plain, "quick") and found == []
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert len(compiled) == 2 and all(it is not None and accepts(it, plain, "slow") for it in found) and len(found) == 3

@@ -290,3 +290,24 @@ def test_too_many() -> None:
         llm.open_chat(**CHAT, stop="a" * 2000)
     with pytest.raises(ParameterError, match="^logprobs: got 101"):
         llm.open_completion(prompt="a", logprobs=101)
+
+
+def test_a_suffix_is_no_text_to_insert_before() -> None:
+    llm = make(saying(HEL, LO))
+    with pytest.raises(UnsupportedError, match="^suffix: got 'end', and hotcold cannot insert"):
+        llm.open_completion(prompt="?", suffix="end")
+    assert texts(llm.open_completion(prompt="?", suffix="").whole()) == ["Hello"]
+    assert texts(llm.create_completion("?", suffix="end")) == ["Helloend"]
+
+
+@pytest.mark.parametrize("name, value, instead", [
+    ("functions", [{"name": "x"}], "pass tools"), ("function_call", {"name": "x"}, "pass tool_choice"),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ["open_chat", "open_completion"])
+def test_old_names_of_tools_are_refused(method: str, name: str, value: Any, instead: str) -> None:
+    open_ = getattr(make(saying(HEL)), method)
+    base: dict[str, Any] = {"prompt": "?"} if method == "open_completion" else dict(CHAT)
+    with pytest.raises(UnsupportedError, match=f"^{name}: got .*; {instead}$"):
+        open_(**base, **{name: value})
+    for neutral in (None, [] if name == "functions" else "none"):
+        assert open_(**base, **{name: neutral})

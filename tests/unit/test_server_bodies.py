@@ -167,7 +167,7 @@ def test_a_checked_body_gives_the_fields_that_are_known() -> None:
         ({"stop": 1}, "stop"),
         ({"stop": [1]}, "stop[0]"),
         ({"stop": [""]}, "stop[0]"),
-        ({"stop": ["x"] * 33}, "stop"),
+        ({"stop": ["x"] * 65}, "stop"),
         ({"logit_bias": {"1": "x"}}, "logit_bias.1"),
         ({"logit_bias": {str(i): 1 for i in range(5000)}}, "logit_bias"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),

@@ -13,8 +13,11 @@ from vocabularies import byte_level, sentencepiece
 
 from hotcold.formats.chat_template import CHATML, ChatTemplate
 from hotcold.formats.errors import ParameterError, UnsupportedError
+from hotcold.runtime import fields
 from hotcold.runtime.grammar import constraint
+from hotcold.runtime.json_scan import ObjectScanner
 from hotcold.runtime.llm import LLM
+from hotcold.runtime.server import schemas
 from hotcold.runtime.tool_calls import (
     GRANITE,
     HERMES,
@@ -389,3 +392,35 @@ def test_schemas_of_forced_tools_are_checked() -> None:
     with pytest.raises(UnsupportedError, match="^functions: .*pass tools"):
         make().open_chat(messages=MESSAGES, functions=[{"name": "x"}])
     assert constraint(byte_level(), schema={"type": "object"}) is not None
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer"])
+def test_messages_without_content_are_named(role: str) -> None:
+    for missing in ({}, {"content": None}):
+        with pytest.raises(ParameterError, match=r"^messages\[1\].content: got none, wanted a text"):
+            make().open_chat(messages=[*MESSAGES, {"role": role, **missing}])
+    assert make(n_ctx=2000).open_chat(messages=HISTORY), "an assistant's calls need none"
+
+
+def test_scanners_share_nothing() -> None:
+    first, second = (ObjectScanner(frozenset({"get"})) for _ in range(2))
+    assert first.push('{"name": "get", "arguments": {"a": 1}}')[1][-1] == ("arguments", '{"a": 1}')
+    assert second.push('{"name": "get"}')[1] == [("name", "get"), ("arguments", "{}")]
+    assert "_given" not in vars(ObjectScanner)
+
+
+@pytest.mark.parametrize("request_, right", [
+    ({"stop": ["x"] * fields.MOST_STOPS}, True), ({"stop": ["x"] * (fields.MOST_STOPS + 1)}, False),
+    ({"n": fields.MOST_CHOICES}, True), ({"n": fields.MOST_CHOICES + 1}, False),
+    ({"tools": [{"type": "function", "function": {"name": "x" * fields.LONGEST_NAME}}]}, True),
+    ({"tools": [{"type": "function", "function": {"name": "x" * (fields.LONGEST_NAME + 1)}}]}, False),
+])  # fmt: skip
+def test_server_and_library_have_the_same_limits(request_: dict[str, Any], right: bool) -> None:
+    llm = make(n_ctx=4000)
+    body = {"messages": MESSAGES, **request_}
+    for take in (lambda: llm.open_chat(**body), lambda: schemas.ChatRequest.model_validate(body)):
+        if right:
+            assert take()
+        else:
+            with pytest.raises(ValueError):
+                take()
