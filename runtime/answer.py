@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from .batch import Job
-    from .scheduler import Scheduler
+    from .scheduler import Scheduler, Unit
     from .usage import Usage
 
 UNREAD = 32  # pieces that nobody has read, after which an answer pauses
@@ -118,11 +118,11 @@ class Answer:
 
     # --- its reader ---
 
-    def start(self) -> None:
-        """Queue it, if it is not yet; BusyError where too many wait, ClosedError after close()."""
+    def start(self, unit: Unit | None = None) -> None:
+        """Queue it, if it is not yet; BusyError where too many wait, ClosedError after close(). unit: see `Unit`."""
         if self._job is None and not self.ended:
             self._asked = perf_counter()
-            self._job = self._scheduler.submit(self)
+            self._job = self._scheduler.submit(self, unit)
 
     def __iter__(self) -> Generator[Piece, None, None]:
         self.start()

@@ -29,8 +29,9 @@ PROMPT_LEAST = 32  # but so many of their tokens always may
 class Job:
     """An answer in the scheduler: its sequence while it has a place. It ends with the last who could read it."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, unit: object) -> None:
         self._answer = weakref.ref(answer)
+        self.unit = unit  # the same for answers that were queued together
         self.sequence: Tokens | None = None
         self.cancelled = False
         self.lookup = PromptLookup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -37,6 +38,17 @@ class Embeddings:
 
     array: NDArray[np.float32]
     n_tokens: tuple[int, ...]
+
+
+def embeddings_object(found: Embeddings, model: str, as_base64: bool = False) -> dict[str, Any]:
+    """OpenAI's list of embeddings; as_base64: each as little-endian float32, else as numbers."""
+    data = []
+    for index, row in enumerate(found.array):
+        value: Any = base64.b64encode(row.astype("<f4").tobytes()).decode() if as_base64 else row.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": value})
+    n_tokens = sum(found.n_tokens)
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
 def final_norm(x: NDArray[np.float32], config: ModelConfig, tensors: Tensors) -> NDArray[np.float32]:
@@ -79,8 +91,7 @@ def embed(
     left = deque(_Text(index, np.asarray(ids)) for index, ids in enumerate(texts))
     try:
         while left:
-            if not wanted():
-                raise ClosedError("embeddings: nobody wants them any more")
+            _check_wanted(wanted)
             with turn():
                 batch = _fill(engine, left)
                 rows = engine.embed_batch([(text.sequence, part) for text, part in batch])
@@ -184,9 +195,9 @@ class Embedder:
 
         pooling: mean, cls (the first token) or last; None: the model's own. normalize: to length 1. Texts are tokenized
         with the BOS and EOS that the model wants. ParameterError for an empty text, ContextLengthError for a long one.
-        wanted: asked before every step; once it says no, ClosedError.
+        wanted: asked before every text is cut and every step; once it says no, ClosedError.
         """
-        chosen, left = check_pooling(pooling, self.config), deque(self._texts(input))
+        chosen, left = check_pooling(pooling, self.config), deque(self._texts(input, wanted))
         found = []
         while left:
             texts = [left.popleft()]
@@ -198,30 +209,39 @@ class Embedder:
 
     def create_embedding(self, input: Input, model: str | None = None) -> dict[str, Any]:
         """The embeddings in OpenAI's shape, normalized."""
-        found = self.embed(input)
-        data = [
-            {"object": "embedding", "index": index, "embedding": vector}
-            for index, vector in enumerate(found.array.tolist())
-        ]
-        used = {"prompt_tokens": sum(found.n_tokens), "total_tokens": sum(found.n_tokens)}
-        return {"object": "list", "data": data, "model": model or self.name, "usage": used}
+        return embeddings_object(self.embed(input), model or self.name)
 
-    def _texts(self, input: Input) -> list[list[int]]:
+    def _texts(self, input: Input, wanted: Callable[[], bool]) -> list[list[int]]:
         """The token ids of each text."""
         many = not isinstance(input, (str, bytes)) and isinstance(input, (Seq, np.ndarray)) and len(input) > 0
         one = isinstance(input, str) or (many and isinstance(input[0], (int, np.integer)))
         if not (one or many):
             raise ParameterError(f"input: got {input!r:.60}, wanted a text, token ids, or a list of some of these")
         given: Any = [input] if one else input
-        texts = []
+        texts, most = [], self.tokenizer.most_characters(self.engine.n_ctx)
         for index, text in enumerate(given):
-            ids = self.tokenizer.encode(text) if isinstance(text, str) else check_ids(text, self.engine.n_vocab)
+            _check_wanted(wanted)
+            if isinstance(text, str):
+                if most is not None and len(text) > most:  # cutting it might take minutes
+                    raise _too_long(f"{len(text)} characters", index, self.engine.n_ctx)
+                ids = self.tokenizer.encode(text)
+            else:
+                ids = check_ids(text, self.engine.n_vocab)
             if not ids:
                 raise ParameterError(f"input: got an empty text (number {index}), wanted at least one token")
             if len(ids) > self.engine.n_ctx:
-                raise ContextLengthError(
-                    f"input: got a text of {len(ids)} tokens (number {index}), and the context holds "
-                    f"n_ctx = {self.engine.n_ctx}; shorten it, or open the model with a larger n_ctx"
-                )
+                raise _too_long(f"{len(ids)} tokens", index, self.engine.n_ctx)
             texts.append(ids)
         return texts
+
+
+def _too_long(length: str, index: int, n_ctx: int) -> ContextLengthError:
+    return ContextLengthError(
+        f"input: got a text of {length} (number {index}), and the context holds n_ctx = {n_ctx} tokens; shorten it, "
+        "or open the model with a larger n_ctx"
+    )
+
+
+def _check_wanted(wanted: Callable[[], bool]) -> None:
+    if not wanted():
+        raise ClosedError("embeddings: nobody wants them any more")

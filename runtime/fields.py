@@ -29,6 +29,7 @@ _KNOWN = (
     "logprobs", "top_logprobs", "logits_processor", "stopping_criteria", "model", "special", "tools", "tool_choice",
     "parallel_tool_calls", "response_format", "n", "best_of", "schema", "regex", "grammar",
 )  # fmt: skip
+REFUSED = tuple(_NEUTRAL)  # known by name, so that a request for what they ask is refused and not passed over
 
 
 def check_other(other: Mapping[str, Any], taken: Sequence[str]) -> None:

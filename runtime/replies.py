@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats.tokenizer import Tokenizer
 from .answer import Answer, Piece, TokenScore
+from .scheduler import Unit
 
 if TYPE_CHECKING:
     from .tool_calls import ToolParser
@@ -31,10 +32,11 @@ class Reply:
         self.created = int(time.time())
 
     def start(self) -> None:
-        """Queue the answers; BusyError where there is no room for all of them, and then none is queued."""
+        """Queue the answers, which count as one in the queue; BusyError where it is full of others'."""
+        unit = Unit()
         try:
             for choice in self.choices:
-                choice.answer.start()
+                choice.answer.start(unit)
         except BaseException:
             self.close()
             raise
@@ -74,12 +76,13 @@ class Reply:
         if self.usage_chunk:
             yield self._chunk(None)
 
-    def usage(self) -> Json:
-        """Tokens of the prompts (each once, however many answers it has) and of the answers."""
-        prompts = {choice.prompt: choice.answer for choice in reversed(self.choices)}.values()
+    def usage(self, choices: Sequence[Choice] | None = None) -> Json:
+        """Tokens of the prompts (each once, however many answers it has) and of the answers; of all, or of some."""
+        choices = self.choices if choices is None else choices
+        prompts = {choice.prompt: choice.answer for choice in reversed(choices)}.values()
         asked = sum(len(answer.request.ids) for answer in prompts)
         cached = sum(min(answer.stats.reused_tokens, len(answer.request.ids)) for answer in prompts)
-        answered = sum(len(choice.answer.tokens) for choice in self.choices)
+        answered = sum(len(choice.answer.tokens) for choice in choices)
         return {
             "prompt_tokens": asked,
             "completion_tokens": answered,

@@ -26,10 +26,17 @@ IDLE_SECONDS = 5.0  # until the background thread ends
 _schedulers: weakref.WeakSet[Scheduler] = weakref.WeakSet()
 
 
+class Unit:
+    """Answers that are queued together: all of them or none, and as one in the bound of the queue."""
+
+    admitted = False
+
+
 class Scheduler:
     """Answers' turns on one engine.
 
-    n_parallel: answers that run at once; n_queue: that may wait for that (None: any number). lookup: as of Batch.
+    n_parallel: answers that run at once; n_queue: that may wait for that (None: any number), those of one reply
+    counting as one. lookup: as of Batch.
     Whoever wants an answer drives the steps (`advance`), or the background thread does (`run_in_background`). `steps`
     is the turn on the engine, for other uses of it (`exclusive`).
     """
@@ -50,20 +57,28 @@ class Scheduler:
         self._work = threading.Event()  # there may be some for the background thread
         self._thread: threading.Thread | None = None
 
-    def submit(self, answer: Answer) -> Job:
-        """Queue an answer; BusyError where too many wait."""
-        job = Job(answer)
+    def submit(self, answer: Answer, unit: Unit | None = None) -> Job:
+        """Queue an answer, alone or with others; BusyError where too many wait, but not for the rest of a unit."""
+        unit = unit or Unit()
+        job = Job(answer, unit)
         with self._state:
             if self.closed:
                 raise ClosedError("LLM: used after close(); open the model again")
-            if self.n_queue is not None and len(self.running) + len(self.waiting) >= self.n_parallel + self.n_queue:
-                n_running, n_waiting = (sum(not job.over for job in jobs) for jobs in (self.running, self.waiting))
-                if n_running + n_waiting >= self.n_parallel + self.n_queue:
-                    raise BusyError(
-                        f"{n_running} answers are running and {n_waiting} waiting, which is the most; ask again later"
-                    )
+            if self.n_queue is not None and not unit.admitted:
+                self._check_room(self.n_parallel + self.n_queue)
+            unit.admitted = True
             self.waiting.append(job)
         return job
+
+    def _check_room(self, most: int) -> None:
+        """BusyError where so many units are here."""
+        if len(self.running) + len(self.waiting) < most:
+            return
+        running, waiting = ([job.unit for job in jobs if not job.over] for jobs in (self.running, self.waiting))
+        if len({*running, *waiting}) >= most:
+            raise BusyError(
+                f"{len(running)} answers are running and {len(waiting)} waiting, which is the most; ask again later"
+            )
 
     def cancel(self, job: Job) -> None:
         """End a job and free its place: at once, or after the step in progress."""

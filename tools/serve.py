@@ -26,7 +26,7 @@ Keys = Annotated[
 ]
 KeyFile = Annotated[Path | None, typer.Option("--api-key-file", metavar="FILE", help="A key a line.")]
 Parallel = Annotated[int, typer.Option("--parallel", "-np", metavar="N", min=1, help="Answers at once.")]
-Queue = Annotated[int, typer.Option("--queue", metavar="N", min=0, help="Answers that may wait; then status 429.")]
+Queue = Annotated[int, typer.Option("--queue", metavar="N", min=0, help="Requests that may wait; then status 429.")]
 PerSequence = Annotated[
     int | None,
     typer.Option(

@@ -7,5 +7,6 @@
     answers.py    one Reply sent whole or as server-sent events, until the client leaves or the server must end
     responses.py  /v1/responses in terms of a chat completion; small.py: embeddings, tokens, models
     service.py    the models, and whether they load, serve or stop; failures.py: every error's HTTP status
+    work.py       threads for what takes long, and waiting for it as long as client and server both want it
     metrics.py    /metrics; page.py: the files of the chat page
 """

@@ -6,21 +6,21 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from .failures import as_api_error, shutting_down
+from .failures import APIError, as_api_error
 from .service import Service, report
+from .work import while_wanted
 
 if TYPE_CHECKING:
     from ..replies import Reply
 
 T = TypeVar("T")
-Encode = Callable[[AsyncIterator[dict[str, Any]]], AsyncGenerator[bytes, None]]
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -35,11 +35,28 @@ def event(data: Any, name: str | None = None) -> bytes:
     return (f"event: {name}\n{line}" if name else line).encode()
 
 
-async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
-    """Chunks as OpenAI streams them, up to [DONE]."""
-    async for chunk in chunks:
-        yield event(chunk)
-    yield DONE
+class Encoder(Protocol):
+    """What makes bytes of one reply."""
+
+    def events(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
+        """Of its chunks."""
+
+    def failure(self, failed: APIError) -> bytes:
+        """Of the error that ends it."""
+
+
+class Chunks:
+    """Chunks as OpenAI streams them, up to [DONE] or an error."""
+
+    async def events(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes, None]:
+        """Of its chunks."""
+        async for chunk in chunks:
+            yield event(chunk)
+        yield DONE
+
+    def failure(self, failed: APIError) -> bytes:
+        """Of the error that ends it."""
+        return event(failed.body())
 
 
 class Answering(Response):
@@ -79,18 +96,7 @@ class Answering(Response):
 
     async def while_wanted(self, work: Awaitable[T], receive: Receive) -> T:
         """What `work` returns; ClientDisconnect, or APIError 503, when one side no longer wants to wait."""
-        task = asyncio.ensure_future(work)
-        gone, ended = asyncio.ensure_future(_gone(receive)), asyncio.ensure_future(self.ended.wait())
-        try:
-            await asyncio.wait((task, gone, ended), return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            raise ClientDisconnect if gone.done() else shutting_down()
-        finally:
-            for one in (task, gone, ended):
-                one.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        return await while_wanted(work, self.ended, receive)
 
 
 class OfReply(Answering):
@@ -107,10 +113,12 @@ class OfReply(Answering):
 
     def close(self) -> None:
         """Free its places at once."""
-        ran = [choice.answer for choice in self.reply.choices if not choice.answer.waits]
         self.reply.close()
-        for answer in ran:
-            self.service.metrics.answered(self.model, answer.stats)
+        ran = [choice for choice in self.reply.choices if choice.answer.stats.prompt_s or choice.answer.tokens]
+        if ran:
+            self.service.metrics.asked(self.model, self.reply.usage(ran))
+        for choice in ran:
+            self.service.metrics.answered(self.model, choice.answer.stats)
 
 
 class Whole(OfReply):
@@ -130,9 +138,9 @@ class Whole(OfReply):
 class Stream(OfReply):
     """The reply as server-sent events; an error before the first is an HTTP status, later it is an event."""
 
-    def __init__(self, service: Service, model: str, reply: Reply, encode: Encode = events) -> None:
+    def __init__(self, service: Service, model: str, reply: Reply, encoder: Encoder | None = None) -> None:
         super().__init__(service, model, reply)
-        self.encode = encode
+        self.encoder = encoder or Chunks()
 
     async def send(self, receive: Receive, send: Send) -> None:
         self.started, self.sending, self.latest, self.put = False, False, time.monotonic(), send
@@ -145,13 +153,13 @@ class Stream(OfReply):
             failed = as_api_error(error)
             if failed.status == 500:
                 report(error)
-            await self._put(event(failed.body()))
+            await self._put(self.encoder.failure(failed))
         finally:
             beat.cancel()
         await self._put(b"", more=False)
 
     async def _write(self) -> None:
-        async with aclosing(self.encode(self.reply.achunks())) as found:
+        async with aclosing(self.encoder.events(self.reply.achunks())) as found:
             async for data in found:
                 await self._put(data)
 
@@ -181,8 +189,3 @@ async def send_json(data: Any, send: Send) -> None:
     response = await asyncio.to_thread(JSONResponse, data)
     await send({"type": "http.response.start", "status": 200, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body})
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

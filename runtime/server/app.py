@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -22,7 +22,9 @@ from .failures import APIError, as_api_error, unknown_model
 from .gate import GONE, Gate
 from .page import add_page
 from .service import Service, report
+from .work import while_wanted
 
+M = TypeVar("M", bound=BaseModel)
 _WORDS = {
     400: "The request is wrong", 401: "The API key is missing or wrong", 403: "Host or Origin may not call",
     404: "No such model", 405: "No such method here", 408: "The body did not come", 413: "The body is too large",
@@ -52,54 +54,57 @@ def make_app(service: Service) -> ASGIApp:
     return gate
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
-    bounds = service.settings.max_body, service.room
+async def _receive(service: Service, request: Request, schema: type[M]) -> tuple[M, dict[str, Any]]:
+    """The checked body, unless the server stops before it is there."""
+    return await while_wanted(
+        bodies.receive(request, schema, service.settings.max_body, service.room), service.stops
+    )
 
+
+def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", **_documented(schemas.ChatRequest, shapes.ChatCompletion, stream=True))
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
-        body, given = await bodies.receive(request, schemas.ChatRequest, *bounds)
+        body, given = await _receive(service, request, schemas.ChatRequest)
         model, llm = service.pick(body.model)
-        reply = await service.prepare(llm.open_chat, **{**given, "model": model})
+        reply = await service.prepare(request.receive, llm, llm.open_chat, {**given, "model": model})
         reply.start()
         return (Stream if body.stream else Whole)(service, model, reply)
 
     @app.post("/v1/completions", **_documented(schemas.CompletionRequest, shapes.Completion, stream=True))
     async def complete(request: Request) -> Response:
         """Continue a prompt."""
-        body, given = await bodies.receive(request, schemas.CompletionRequest, *bounds)
+        body, given = await _receive(service, request, schemas.CompletionRequest)
         model, llm = service.pick(body.model)
-        reply = await service.prepare(llm.open_completion, **{**given, "model": model})
+        reply = await service.prepare(request.receive, llm, llm.open_completion, {**given, "model": model})
         reply.start()
         return (Stream if body.stream else Whole)(service, model, reply)
 
     @app.post("/v1/responses", **_documented(schemas.ResponsesRequest, shapes.Response, stream=True))
     async def respond(request: Request) -> Response:
         """Answer a conversation, in the newer form; nothing is kept between requests."""
-        body, given = await bodies.receive(request, schemas.ResponsesRequest, *bounds)
+        body, given = await _receive(service, request, schemas.ResponsesRequest)
         model, llm = service.pick(body.model)
         wanted = {**responses.chat_request(given), "model": model}
         if body.stream:
             wanted |= {"stream": True, "stream_options": {"include_usage": True}}
-        reply = await service.prepare(llm.open_chat, **wanted)
+        reply = await service.prepare(request.receive, llm, llm.open_chat, wanted)
         reply.start()
         response = responses.Response(given, model, reply.created)
         if body.stream:
-            return Stream(service, model, reply, response.events)
+            return Stream(service, model, reply, response)
         return Whole(service, model, reply, response.whole)
 
     @app.post("/v1/embeddings", **_documented(schemas.EmbeddingRequest, shapes.Embeddings))
     async def embed(request: Request) -> Response:
         """Embed texts."""
-        body, given = await bodies.receive(request, schemas.EmbeddingRequest, *bounds)
+        body, given = await _receive(service, request, schemas.EmbeddingRequest)
         model, llm = service.pick(body.model)
         small.check_dimensions(body.dimensions, llm.config.n_embd)
         return small.Embedding(service, model, llm, given)
 
 
 def _add_small(app: FastAPI, service: Service) -> None:
-    bounds = service.settings.max_body, service.room
-
     @app.get("/health", responses={200: {"model": shapes.Health}, 503: {"model": shapes.Health}})
     async def health() -> Response:
         """Whether the server serves."""
@@ -128,17 +133,17 @@ def _add_small(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", **_documented(schemas.TokenizeRequest, shapes.TokenIds))
     async def tokenize(request: Request) -> Response:
         """Cut a text into tokens."""
-        body, _ = await bodies.receive(request, schemas.TokenizeRequest, *bounds)
+        body, _ = await _receive(service, request, schemas.TokenizeRequest)
         _, llm = service.pick(body.model)
-        ids = await service.prepare(llm.tokenize, body.content, body.add_special, body.parse_special)
+        ids = await service.tokenize(request.receive, llm.tokenize, body.content, body.add_special, body.parse_special)
         return JSONResponse({"tokens": small.pieces(llm.tokenizer, ids) if body.with_pieces else ids})
 
     @app.post("/detokenize", **_documented(schemas.DetokenizeRequest, shapes.Content))
     async def detokenize(request: Request) -> Response:
         """Put tokens together."""
-        body, _ = await bodies.receive(request, schemas.DetokenizeRequest, *bounds)
+        body, _ = await _receive(service, request, schemas.DetokenizeRequest)
         _, llm = service.pick(body.model)
-        text = await service.prepare(llm.detokenize, body.tokens, True)
+        text = await service.tokenize(request.receive, llm.detokenize, body.tokens, True)
         return JSONResponse({"content": text})
 
 

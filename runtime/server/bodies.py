@@ -89,7 +89,7 @@ async def read(request: Request, limit: int, take: Callable[[int], None] = lambd
 
 
 async def receive(request: Request, schema: type[M], limit: int, room: Room) -> tuple[M, dict[str, Any]]:
-    """The body as its schema and, of the fields that the schema names, as plain values; APIError for a wrong one."""
+    """The body as its schema and, of the fields that it or the library knows, as plain values; APIError where wrong."""
     with room.share() as take:
         raw = await read(request, limit, take)
         if len(raw) > THREAD_BYTES:
@@ -104,7 +104,8 @@ def checked(raw: bytes, schema: type[M]) -> tuple[M, dict[str, Any]]:
         model = schema.model_validate(data)
     except ValidationError as error:
         raise _invalid(error, data) from None
-    return model, {name: data[name] for name in schema.model_fields if name in data}
+    names = (*schema.model_fields, *getattr(schema, "refused", ()))
+    return model, {name: data[name] for name in names if name in data}
 
 
 def parse(raw: bytes) -> dict[str, Any]:

@@ -49,10 +49,13 @@ class Metrics:
         )
         registry.register(_Levels(models))
 
+    def asked(self, model: str, usage: Mapping[str, Any]) -> None:
+        """Count the prompts of a reply that has ended, each once, of its usage."""
+        self.prompt_tokens.labels(model).inc(usage["prompt_tokens"])
+        self.cached_tokens.labels(model).inc(usage["prompt_tokens_details"]["cached_tokens"])
+
     def answered(self, model: str, stats: Stats) -> None:
         """Count an answer that has ended."""
-        self.prompt_tokens.labels(model).inc(stats.prompt_tokens)
-        self.cached_tokens.labels(model).inc(stats.reused_tokens)
         self.generated_tokens.labels(model).inc(stats.decode_tokens)
         if stats.decode_tokens:
             self.first_token.labels(model).observe(stats.first_s)

@@ -54,8 +54,9 @@ def serve(models: Mapping[str, Loader], settings: Settings, say: Callable[[str],
         server.run(sockets=[listener])
         if loading.error is not None:
             raise loading.error
-        if loading.is_alive():  # in a download or in the compiler, which nothing can interrupt
+        if loading.is_alive() or service.busy:  # in a download, a compiler or a tokenizer, which nothing interrupts
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(0)
 
 
@@ -121,6 +122,7 @@ class Server(uvicorn.Server):
         """Stop accepting, give what runs its time, end."""
         self.service.stop()
         await super().shutdown(sockets)
+        self.service.close()
 
 
 class BoundedProtocol(H11Protocol):

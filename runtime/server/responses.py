@@ -62,9 +62,10 @@ def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
             found.append({"role": item["role"], "content": _text(f"input[{i}].content", item["content"])})
         elif kind == "function_call":
             call = {"name": item["name"], "arguments": item["arguments"]}
-            if not found or not found[-1].get("tool_calls"):  # calls made at once are one turn
-                found.append({"role": "assistant", "content": None, "tool_calls": []})
-            found[-1]["tool_calls"].append({"id": item["call_id"], "type": "function", "function": call})
+            if not found or found[-1]["role"] != "assistant":  # what is said and called at once is one turn
+                found.append({"role": "assistant", "content": None})
+            calls = found[-1].setdefault("tool_calls", [])
+            calls.append({"id": item["call_id"], "type": "function", "function": call})
         elif kind == "function_call_output":
             content = _text(f"input[{i}].output", item["output"])
             found.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
@@ -128,6 +129,13 @@ class Response:
                     yield one
         for one in self._end(finish, usage):
             yield one
+
+    def failure(self, failed: APIError) -> bytes:
+        """The events that end a stream that failed."""
+        code = failed.code or failed.type
+        self.body["status"], self.body["error"] = "failed", {"code": code, "message": failed.message}
+        told = self._event("error", code=code, message=failed.message, param=failed.param)
+        return told + self._event("response.failed", response=self.body)
 
     def _add(self, text: str | None, calls: list[dict[str, Any]]) -> Iterator[bytes]:
         if text:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from ..fields import LONGEST_NAME, MOST_TOOLS
+from ..fields import LONGEST_NAME, MOST_TOOLS, REFUSED
 from ..fields import MOST_CHOICES as MAX_N
 from ..fields import MOST_STOPS as MAX_STOPS
 
@@ -54,6 +54,7 @@ class Schema(BaseModel):
 class Sampling(Schema):
     """What chat and text completions share."""
 
+    refused: ClassVar[tuple[str, ...]] = REFUSED  # passed on all the same: the library says why not
     model: str | None = Field(None, description="One of /v1/models; where only one is served, any name will do.")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None

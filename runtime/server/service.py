@@ -10,15 +10,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from starlette.types import Receive
 
 from ...formats.errors import HotcoldError
 from .bodies import Room
 from .failures import RETRY_S, APIError, shutting_down, unknown_model
 from .metrics import Metrics
+from .work import Workers, while_wanted
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -56,7 +58,7 @@ class Settings:
     verbose: bool = False
     max_body: int = 16 * MIB
     max_bodies: int = 256 * MIB  # of all that are coming
-    n_queue: int = 64  # requests for embeddings that may wait; answers wait in their model's queue
+    n_queue: int = 64  # requests for embeddings, or to /tokenize, that may wait; answers wait in their model's queue
     keep_alive: float = 5.0  # a stream that has nothing to say says so this often
     write_timeout: float = 60.0  # how long a client may read nothing of what waits for it
 
@@ -69,16 +71,27 @@ class Service:
         self.models: dict[str, LLM] = {}
         self.created = int(time.time())
         self.room = Room(settings.max_bodies)
-        self.stopping = self.over = False
+        self.stops, self.ends = asyncio.Event(), asyncio.Event()
         self.live: set[Ending] = set()
-        self.embedding, self.n_embedding = ThreadPoolExecutor(EMBEDDING, "hotcold-embed"), 0
+        self.embedding = Workers(EMBEDDING, "hotcold-embed", EMBEDDING + settings.n_queue)
         self.metrics = Metrics(self.models)
-        self._preparing = ThreadPoolExecutor(PREPARING, "hotcold-prepare")
+        self._preparing = Workers(PREPARING, "hotcold-prepare")
+        self._tokenizing = Workers(1, "hotcold-tokenize", 1 + settings.n_queue)
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
     def put(self, name: str, llm: LLM) -> None:
         """A model has loaded (from any thread)."""
         self.models[name] = llm
+
+    @property
+    def stopping(self) -> bool:
+        """Whether nothing new is begun."""
+        return self.stops.is_set()
+
+    @property
+    def over(self) -> bool:
+        """Whether the grace time is over."""
+        return self.ends.is_set()
 
     @property
     def status(self) -> str:
@@ -105,10 +118,18 @@ class Service:
             raise APIError(400, f"model: got none, wanted one of {', '.join(self.names)}", param="model")
         raise unknown_model(name, self.names)
 
-    async def prepare(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """What `call` returns, computed beside the event loop; other threads stay free for what is ready to be sent."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._preparing, partial(call, *arguments, **named))
+    async def prepare(self, receive: Receive, llm: LLM, open: Callable[..., T], given: dict[str, Any]) -> T:
+        """The reply that `open`, of this model, makes of a request, beside the event loop; not once the server stops.
+
+        BusyError where as many are being prepared as may run and wait; ClientDisconnect for a client that has left.
+        """
+        n_queue = llm.scheduler.n_queue
+        most = llm.scheduler.n_parallel + (self.settings.n_queue if n_queue is None else n_queue)
+        return await while_wanted(self._preparing.run(partial(open, **given), most), self.stops, receive)
+
+    async def tokenize(self, receive: Receive, call: Callable[..., T], *arguments: Any) -> T:
+        """What `call` returns, after others' of this kind: however long the texts are, nobody else waits for them."""
+        return await while_wanted(self._tokenizing.run(partial(call, *arguments)), self.ends, receive)
 
     def knows(self, key: bytes) -> bool:
         """Whether this is one of the keys, in a time that tells nothing about them."""
@@ -117,7 +138,7 @@ class Service:
 
     def stop(self) -> None:
         """Take nothing more, and end what waits; what runs has the grace time."""
-        self.stopping = True
+        self.stops.set()
         if self.live:
             log(f"ends, and waits up to {self.settings.grace:g} s for what runs; a second signal ends it at once")
         for one in list(self.live):
@@ -126,9 +147,23 @@ class Service:
         asyncio.get_running_loop().call_later(self.settings.grace, self._end)
 
     def _end(self) -> None:
-        self.over = True
+        self.ends.set()
         for one in list(self.live):
             one.end()
+
+    def close(self) -> None:
+        """End the threads that work for this server."""
+        for workers in self._workers:
+            workers.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is still a thread that works for nobody."""
+        return any(workers.busy for workers in self._workers)
+
+    @property
+    def _workers(self) -> tuple[Workers, ...]:
+        return self.embedding, self._preparing, self._tokenizing
 
 
 def log(line: str) -> None:

@@ -137,7 +137,7 @@ class Response(Shape):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["completed", "incomplete", "in_progress"]
+    status: Literal["completed", "incomplete", "in_progress", "failed"]
     model: str
     output: list[dict[str, Any]]
     usage: dict[str, Any] | None

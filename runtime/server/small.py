@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.types import Receive, Send
 
-from ...formats.errors import BusyError
 from ...formats.tokenizer import Tokenizer
+from ..embedding import embeddings_object
 from .answers import Answering, send_json
 from .failures import APIError
 from .service import Service
@@ -51,16 +47,6 @@ def check_dimensions(wanted: int | None, n_embd: int) -> None:
         raise APIError(400, message, param="dimensions", code="unsupported")
 
 
-def embeddings(model: str, rows: NDArray[np.float32], n_tokens: int, as_base64: bool) -> dict[str, Any]:
-    """OpenAI's list of embeddings; rows float32 (n, n_embd)."""
-    data = []
-    for index, row in enumerate(rows):
-        value: Any = base64.b64encode(row.astype("<f4").tobytes()).decode() if as_base64 else row.tolist()
-        data.append({"object": "embedding", "index": index, "embedding": value})
-    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-    return {"object": "list", "data": data, "model": model, "usage": usage}
-
-
 class Embedding(Answering):
     """Embeddings on their way to a client, computed between the steps of the answers."""
 
@@ -68,9 +54,6 @@ class Embedding(Answering):
         super().__init__(service)
         self.model, self.llm, self.given = model, llm, given
         self.begun = self.closed = False
-        if service.n_embedding >= service.settings.n_queue:
-            raise BusyError(f"{service.n_embedding} requests for embeddings wait, which is the most; ask again later")
-        service.n_embedding += 1
 
     @property
     def waits(self) -> bool:
@@ -80,13 +63,10 @@ class Embedding(Answering):
     def close(self) -> None:
         """Stop after the step in progress."""
         self.closed = True
-        self.service.n_embedding -= 1
 
     async def send(self, receive: Receive, send: Send) -> None:
-        work = asyncio.get_running_loop().run_in_executor(self.service.embedding, self._embed)
-        found = await self.while_wanted(work, receive)
-        as_base64 = self.given.get("encoding_format") == "base64"
-        data = embeddings(self.model, found.array, sum(found.n_tokens), as_base64)
+        found = await self.while_wanted(self.service.embedding.run(self._embed), receive)
+        data = embeddings_object(found, self.model, self.given.get("encoding_format") == "base64")
         self.service.metrics.embedded(self.model, data["usage"]["prompt_tokens"])
         await send_json(data, send)
 

@@ -140,16 +140,21 @@ def test_limits() -> None:
         assert llm.create_completion("?", max_tokens=limit)["usage"]["completion_tokens"] == 50
 
 
-def test_starting_is_all_or_nothing() -> None:
+def test_a_reply_is_queued_as_one() -> None:
     llm = make(n_parallel=1, n_queue=1)
+    assert len(texts(llm.open_completion(prompt=["a"] * 40, n=3, max_tokens=2).whole())) == 120
+    waits = [llm.open_completion(prompt="a", n=n) for n in (5, 1)]
+    for reply in waits:
+        reply.start()
+    late = llm.open_completion(prompt="a", n=2)
     with pytest.raises(BusyError):
-        llm.open_completion(prompt="a", n=3).start()
-    assert len(texts(llm.open_completion(prompt="a", n=2, max_tokens=2).whole())) == 2
-    waits = llm.open_completion(prompt="a", n=2)
-    waits.start()
+        late.start()
+    assert len(llm.scheduler.waiting) == 6  # nothing of the late one
+    waits[0].choices[0].answer.close()  # the other four are still there
     with pytest.raises(BusyError):
         llm.open_completion(prompt="a").start()
-    waits.close()
+    for reply in waits:
+        reply.close()
     assert llm.create_completion("a", max_tokens=1)["usage"]["completion_tokens"] == 1
 
 

@@ -213,6 +213,23 @@ def test_a_queue_that_is_full() -> None:
         held.close()
 
 
+def test_more_answers_than_the_queue_is_long() -> None:
+    """A request is admitted as one, however many answers it has."""
+    with serving({"m": make(fakes.saying(fakes.HEL, fakes.LO), n_parallel=2, n_queue=1)}) as running:
+        assert len(running.chat(n=100).json()["choices"]) == 100
+        body = {"prompt": ["x?"] * 100, "temperature": 0, "max_tokens": 4}
+        found = running.client.post("/v1/completions", json=body).json()
+        assert [choice["text"] for choice in found["choices"]] == ["Hello"] * 100
+        too_many = running.client.post("/v1/completions", json={**body, "n": 2})
+        assert (too_many.status_code, error_of(too_many)["param"]) == (400, "n")
+
+
+def test_features_that_are_refused_by_name(server: Serving) -> None:
+    for name, value in (("functions", [{"name": "f", "parameters": {}}]), ("function_call", {"name": "f"})):
+        response = server.chat(**{name: value})
+        assert (response.status_code, error_of(response)["param"]) == (400, name)
+
+
 def test_a_bug_is_a_500_in_the_same_shape(
     server: Serving, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -371,7 +388,7 @@ def test_metrics() -> None:
     llm = make(fakes.saying(fakes.HEL, fakes.LO))
     with serving({"m": llm}) as running:
         running.chat()
-        running.chat(stream=True)
+        running.chat(stream=True, n=3)
         running.chat(messages=5)
         running.client.get("/v1/models/" + "x" * 50)
         response = running.client.get("/metrics")
@@ -384,9 +401,9 @@ def test_metrics() -> None:
     assert figure('hotcold_requests_total{path="/v1/chat/completions",status="200"}') == 2
     assert figure('hotcold_requests_total{path="/v1/chat/completions",status="400"}') == 1
     assert figure('hotcold_requests_total{path="other",status="404"}') == 1
-    assert figure('hotcold_generated_tokens_total{model="m"}') == 4
+    assert figure('hotcold_generated_tokens_total{model="m"}') == 8
     assert figure('hotcold_prompt_tokens_total{model="m"}') == 2 * len(llm._chat_prompt.encode(USER))  # type: ignore[union-attr]
     assert figure('hotcold_running{model="m"}') == figure('hotcold_waiting{model="m"}') == 0
-    assert figure('hotcold_time_to_first_token_seconds_count{model="m"}') == 2
-    assert figure('hotcold_time_per_token_seconds_count{model="m"}') == 2
+    assert figure('hotcold_time_to_first_token_seconds_count{model="m"}') == 4
+    assert figure('hotcold_time_per_token_seconds_count{model="m"}') == 4
     assert figure('hotcold_kv_blocks_used{model="m"}') == 0

@@ -149,6 +149,13 @@ def test_a_checked_body_gives_the_fields_that_are_known() -> None:
     assert model.n == 2 and given == {**CHAT, "n": 2}
 
 
+def test_what_the_library_refuses_reaches_it() -> None:
+    functions = {"functions": [{"name": "f"}], "function_call": {"name": "f"}, "mirostat_mode": 2}
+    for body, schema in ((CHAT, schemas.ChatRequest), ({"prompt": "x"}, schemas.CompletionRequest)):
+        asked = {**body, **functions}
+        assert bodies.checked(json.dumps({**asked, "other": 1}).encode(), schema)[1] == asked
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

@@ -45,6 +45,22 @@ def test_items_become_turns() -> None:
     ]
 
 
+def test_what_is_said_and_called_at_once_is_one_turn() -> None:
+    def call(number: int) -> dict[str, Any]:
+        return {"type": "function_call", "call_id": f"c{number}", "name": "f", "arguments": "{}"}
+
+    items = [
+        {"role": "user", "content": "a"}, call(1),
+        {"type": "function_call_output", "call_id": "c1", "output": "1"},
+        {"role": "assistant", "content": "wait"}, call(2), call(3),
+    ]  # fmt: skip
+    found = responses.chat_request({"input": items})["messages"]
+    assert [(turn["role"], turn["content"]) for turn in found] == [
+        ("user", "a"), ("assistant", None), ("tool", "1"), ("assistant", "wait")
+    ]  # fmt: skip
+    assert [[one["id"] for one in turn.get("tool_calls", [])] for turn in found] == [[], ["c1"], [], ["c2", "c3"]]
+
+
 def test_options_are_translated() -> None:
     form = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
     found = responses.chat_request(

@@ -107,9 +107,20 @@ def test_an_error_in_mid_stream_is_an_event(path: str, capsys: pytest.CaptureFix
 
     body = {"messages": USER, "prompt": "x", "input": "x", "temperature": 0}
     with serving({"m": make(fail)}) as running:
-        found = events(running.client.post(path, json={**body, "stream": True}).text)
-        assert found[-1]["error"]["type"] == "server_error" and "secret" not in found[-1]["error"]["message"]
-        assert len(found) > 1
+        text = running.client.post(path, json={**body, "stream": True}).text
+        found = events(text)
+        assert len(found) > 2 and "secret" not in text
+        if path == "/v1/responses":
+            *_, told, last = found
+            assert sorted(told) == ["code", "message", "param", "sequence_number", "type"]
+            assert (told["type"], told["code"], told["param"]) == ("error", "internal_error", None)
+            assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+            assert last["response"]["error"] == {"code": told["code"], "message": told["message"]}
+            assert [one["sequence_number"] for one in found] == list(range(len(found)))
+            names = [line.removeprefix("event: ") for line in text.split("\n") if line.startswith("event: ")]
+            assert names == [one["type"] for one in found]
+        else:
+            assert found[-1]["error"]["type"] == "server_error"
         assert running.client.post(path, json=body).status_code == 500
     assert "a bug: RuntimeError: a secret" in capsys.readouterr().err
 
