@@ -32,6 +32,7 @@ from hotcold.formats.gguf import GGUFFile
 from hotcold.runtime.models import resolve
 
 MAX_LENGTH = 1024
+N_PARALLEL = 4  # for both: for one answer alone, other kernels round otherwise
 TOLERANCE = 1e-3  # of a log probability summed over a continuation
 SHARED = {"dataset_path": "json", "test_split": "test", "num_fewshot": 0}
 
@@ -207,10 +208,10 @@ def main() -> None:
         write_tokenizer(model, folder / "tokenizer")
         shared: dict[str, Any] = {"tasks": tasks, "bootstrap_iters": 0, "log_samples": True}
         manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
-        with LLM(model, n_ctx=MAX_LENGTH, n_threads=options.threads) as llm:
+        with LLM(model, n_ctx=MAX_LENGTH, n_threads=options.threads, n_parallel=N_PARALLEL) as llm:
             here = simple_evaluate(model=in_process(llm), task_manager=manager, **shared)
         serving = [options.server_python, "-c", "from hotcold.tools.cli import main; main()", "serve"]
-        arguments = ["--ctx", str(MAX_LENGTH), "--threads", str(options.threads), "--parallel", "4"]
+        arguments = ["--ctx", str(MAX_LENGTH), "--threads", str(options.threads), "--parallel", str(N_PARALLEL)]
         with Served(model, *arguments, command=serving) as server:
             settings = {
                 "model": server.model(), "base_url": server.url + "/v1/completions",
