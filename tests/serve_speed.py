@@ -7,7 +7,8 @@ The peer runs in its own interpreter (`pip install 'llama-cpp-python[server]'` t
 servers, only one of which computes at a time. This process is the client: it sends the same prompts with the same
 max_tokens to both, greedy, and counts the tokens that `usage` tells. Each client begins its next request when its last
 one has ended; a round is the time from the first request to the last end. llama.cpp's own llama-server has no wheel,
-so it is not compared here.
+so it is not compared here. Run it on a quiet machine: the peer's threads spin at barriers, so that other work on the
+same cores slows it several times. `short_answers`: those that the model ended before max_tokens.
 
 Fairness: while one stream runs, another client sends a long prompt; the longest gap between two tokens of the stream,
 and the time to the first token of the long prompt, are printed.
