@@ -21,13 +21,14 @@ from .gbnf import gbnf_to_lark, is_gbnf
 from .json_schema import MOST_NULLABLE, check_pattern, nullable, prepared
 
 # What a hostile source may cost. llguidance counts its own work, but what it counts may cost more in a larger grammar;
-# it recurses along chains of rules, up to 4 KB a rule. GBNF of JSON needs 5000 items with 50,000 tokens.
+# it recurses along chains of rules, up to 4 KB a rule.
 _LONGEST = 128 << 10  # characters of a source
 _MOST_RULES = 4000
-_MOST_WAYS = 250_000  # rules (and repeats) times alternatives
+_MOST_WAYS = 250_000  # uses of rules (repeats are some) times alternatives
+_ITEMS = 5000, 30_000  # for a token; JSON in GBNF needs 5000 with a vocabulary of 50,000, more with more
 _STACK = 128 << 20
 _LIMITS = {
-    "max_lexer_states": 20_000, "step_max_items": 25_000, "max_items_in_row": 5000, "initial_lexer_fuel": 500_000,
+    "max_lexer_states": 20_000, "max_items_in_row": 5000, "initial_lexer_fuel": 500_000,
     "step_lexer_fuel": 100_000, "max_grammar_size": 200_000, "verbose_errors": False,
 }  # fmt: skip
 _STEP_S = 0.25  # of one token's mask, in which every other answer waits
@@ -209,7 +210,8 @@ class _Grammars:
 
     def _compile(self, source: str, name: str) -> Any:
         llguidance = _library()
-        limits = llguidance.LLParserLimits(**_LIMITS)
+        items = min(max(_ITEMS[0], self._tokenizer.vocab_size // 6), _ITEMS[1])
+        limits = llguidance.LLParserLimits(**_LIMITS, step_max_items=items)
         text = source if "%llguidance" in source else _HEADER + source
         matcher = llguidance.LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
         Constraint(matcher, name, self._stop_ids)._check()
@@ -325,10 +327,11 @@ def _check_ways(text: str) -> None:
     """ParameterError for a grammar in which one text may be read in very many ways: time grows with their square."""
     plain = re.sub(r"(?m)^[ \t]*_?[A-Z][^\n]*(?:\n[ \t]*\|[^\n]*)*", "", _without_literals(text))  # no terminals
     repeats = len(re.findall(r"[?*+]|\{\s*\d", plain))  # each is a rule with alternatives, too
-    rules, alternatives = len(re.findall("(?m)^[^:\n]*:", plain)) + repeats, plain.count("|") + repeats + 1
-    if rules * alternatives > _MOST_WAYS:
+    uses = len(re.findall(r"\b[a-z_]\w*", plain)) + repeats
+    alternatives = plain.count("|") + repeats + 1
+    if uses * alternatives > _MOST_WAYS:
         wanted = f"at most {_MOST_WAYS} of them multiplied"
-        raise ParameterError(f"grammar: got {rules} rules and repeats and {alternatives} alternatives, wanted {wanted}")
+        raise ParameterError(f"grammar: got {uses} uses of rules and {alternatives} alternatives, wanted {wanted}")
 
 
 def _without_literals(text: str) -> str:

@@ -12,6 +12,7 @@ from ..formats.errors import ParameterError
 _DEEPEST = 64
 _MOST_STATES = 10_000  # a multipleOf is an automaton of as many states as its digits say
 MOST_NULLABLE = 1000  # parts of a regular expression that may be empty: time and memory grow with their square
+_MOST_WAYS = 250_000  # references times alternatives
 _MOST_PATTERNS = 6  # that may have to hold of one string: the time to join them doubles with each
 _CHOICES = {"$ref", "$dynamicRef", "allOf", "anyOf", "oneOf"}
 _NEUTRAL = {
@@ -51,6 +52,7 @@ def nullable(regex: str) -> int:
 def _checked(schema: Mapping[str, Any], name: str) -> bool:
     """Whether several parts of the schema may have to hold of one value."""
     patterns, joined, multiples = 0, False, [1]
+    references = alternatives = 1
     todo: list[tuple[Any, int]] = [(schema, 0)]
     while todo:
         node, depth = todo.pop()
@@ -64,10 +66,15 @@ def _checked(schema: Mapping[str, Any], name: str) -> bool:
             patterns += sum(isinstance(node.get(key), str) for key in ("pattern", "format"))
             patterns += len(members) if isinstance(members, Mapping) else 0
             joined = joined or _joins(node)
+            references += "$ref" in node
+            alternatives += sum(len(node[key]) for key in ("anyOf", "oneOf") if isinstance(node.get(key), list))
             if "multipleOf" in node and not isinstance(node["multipleOf"], Mapping):
                 multiples.append(_states(node["multipleOf"], name))
         items = node.values() if isinstance(node, Mapping) else node
         todo += ((item, depth + 1) for item in items if isinstance(item, (Mapping, list)))
+    if references * alternatives > _MOST_WAYS:
+        wanted = f"at most {_MOST_WAYS} of them multiplied"
+        raise ParameterError(f"{name}: got {references} references and {alternatives} alternatives, wanted {wanted}")
     if joined and patterns > _MOST_PATTERNS:
         raise ParameterError(
             f"{name}: got {patterns} patterns and formats in a schema that joins parts (allOf, patternProperties, or "

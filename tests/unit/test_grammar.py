@@ -516,10 +516,19 @@ def ambiguous(n: int, letters: str = "a-z ") -> str:
     return "\n".join(["start: a*", "a: " + " | ".join(f"b{i}" for i in range(n)), *lines]) + "\n"
 
 
-@pytest.mark.parametrize("n, problem", [(1500, "3003 rules and repeats and 3001 alternatives"), (4000, "4002 lines")])
-def test_too_many_ways_to_read_one_text(plain: Tokenizer, n: int, problem: str) -> None:
-    with pytest.raises(ParameterError, match=f"^grammar: got {problem}, wanted at most"):
-        constraint(plain, grammar=ambiguous(n))
+@pytest.mark.parametrize(
+    "name, value, problem",
+    [
+        ("grammar", ambiguous(1500), "6004 uses of rules and 3001 alternatives"),
+        ("grammar", ambiguous(4000), "4002 lines"),
+        ("grammar", "start: a\na: " + " | ".join(f"/[a-z]{{{i}}}/ a" for i in range(2000)), "2003 uses"),
+        ("schema", {"$defs": {"r": {"anyOf": [{"$ref": "#/$defs/r"}] * 600}}, "$ref": "#/$defs/r"}, "602 references"),
+    ],
+    ids=range(4),
+)
+def test_too_many_ways_to_read_one_text(plain: Tokenizer, name: str, value: Any, problem: str) -> None:
+    with pytest.raises(ParameterError, match=f"^{name}: got {problem}.* wanted at most"):
+        constraint(plain, **{name: value})
 
 
 def test_many_plain_alternatives_are_no_such_thing(plain: Tokenizer) -> None:
