@@ -72,24 +72,26 @@ class Completions:
         The same holds as for `open_completion`, but that max_tokens (or max_completion_tokens) is "until the context
         is full" where it is missing, and the temperature 0.2 where neither request nor file names one, as in
         llama-cpp-python. tools: go through the model's chat template where it knows them, else into the system
-        message.
+        message. Arguments fit a function's parameters where a call is forced, and where the function is strict and
+        the model's format opens calls with a mark of its own (Llama's does not).
         """
         fields = Fields(request)
         messages, n = fields.required("messages"), fields.count()
         logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MOST_TOP)
         if top and not logprobs:
             raise ParameterError(f"top_logprobs: got {top} without logprobs, wanted logprobs=True with it")
-        from .tool_calls import ToolParser, check_tools, force_calls, format_of
+        from .tool_calls import ToolParser, check_tools, force_calls, format_of, strict_calls
         from .tool_prompt import tool_prompt
 
         use = check_tools(fields.any("tools"), fields.any("tool_choice"), fields.any("parallel_tool_calls"))
         schema, wants_json = fields.response_format()
+        form = format_of(self.template.source)
         if use.tools and (use.forced or wants_json):
             or_schema = None if use.forced else schema or {"type": "object"}
-            form = format_of(self.template.source)
             constraint: Any = force_calls(self.tokenizer, use, form, or_schema)
         else:
             constraint = self._constraint(fields, schema, wants_json)
+            constraint = constraint or strict_calls(self.tokenizer, use, form)
         messages, tools = tool_prompt(self.template).prepare(messages, use.tools)
         asked = {
             "max_tokens": fields.limit("max_completion_tokens", "max_tokens", default=None),

@@ -122,11 +122,12 @@ def constraint(
 
 def compiled(tokenizer: Tokenizer, source: str, name: str, is_json: bool) -> Constraint:
     """The constraint of a Lark grammar that was checked; compiled once for each model. is_json: numbers shall end."""
-    with _lock:
-        grammars = _grammars.get(tokenizer)
-        if grammars is None:
-            grammars = _grammars[tokenizer] = _Grammars(tokenizer)
-    return grammars.constraint(source, name, is_json)
+    return _grammars_of(tokenizer).constraint(source, name, is_json)
+
+
+def byte_tokens(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Single bytes -> the tokens that say them."""
+    return _grammars_of(tokenizer).single
 
 
 def json_rule(schema: Any, name: str) -> str:
@@ -197,7 +198,8 @@ class _Grammars:
             raise UnsupportedError("this model has no token that ends an answer, which schema, regex and grammar need")
         # nothing here may hold the tokenizer itself, the key under which this is kept
         tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab)]
-        self._tokenizer, self._digits = _tokenizer(tokenizer, tokens), DigitLimit(tokens)
+        self.single = {data: i for i, data in enumerate(tokens) if len(data) == 1 and not tokenizer.is_control(i)}
+        self._tokenizer, self._digits = _tokenizer(tokenizer, tokens, self.single), DigitLimit(tokens)
 
     def constraint(self, source: str, name: str, is_json: bool) -> Constraint:
         with self._lock:
@@ -224,19 +226,26 @@ _lock = threading.Lock()
 _grammars: weakref.WeakKeyDictionary[Tokenizer, _Grammars] = weakref.WeakKeyDictionary()
 
 
+def _grammars_of(tokenizer: Tokenizer) -> _Grammars:
+    with _lock:
+        grammars = _grammars.get(tokenizer)
+        if grammars is None:
+            grammars = _grammars[tokenizer] = _Grammars(tokenizer)
+    return grammars
+
+
 def _library() -> Any:
     try:
         import llguidance
     except ImportError:
-        message = "schema, regex, grammar and forced tools need llguidance: pip install 'hotcold[schema]'"
+        message = "schema, regex, grammar, strict and forced tools need llguidance: pip install 'hotcold[schema]'"
         raise UnsupportedError(message) from None
     return llguidance
 
 
-def _tokenizer(tokenizer: Tokenizer, tokens: list[bytes]) -> Any:
+def _tokenizer(tokenizer: Tokenizer, tokens: list[bytes], single: dict[bytes, int]) -> Any:
     """llguidance's view of a vocabulary: the bytes of every token, and which are no text."""
     llguidance = _library()
-    single = {data: i for i, data in enumerate(tokens) if len(data) == 1 and not tokenizer.is_control(i)}
 
     class Vocabulary:
         eos_token_id, bos_token_id = min(tokenizer.stop_ids), tokenizer.bos_id

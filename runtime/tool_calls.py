@@ -9,10 +9,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..formats.errors import ParameterError, UnsupportedError
 from ..formats.tokenizer import Tokenizer
 from .fields import LONGEST_NAME, MOST_TOOLS
-from .grammar import Constraint, check_source, compiled, json_rule
+from .grammar import Constraint, byte_tokens, check_source, compiled, json_rule
 from .json_scan import ObjectScanner
 
 _CHARS = "a-z A-Z 0-9 _ . : / -"
@@ -107,12 +110,14 @@ def _checked_tool(i: int, tool: object) -> dict[str, Any]:
     function = tool.get("function")
     if not isinstance(function, Mapping):
         raise ParameterError(f"{where}.function: got {type(function).__name__}, wanted a dict with a name")
-    name, description = function.get("name"), function.get("description")
+    name, description, strict = (function.get(key) for key in ("name", "description", "strict"))
     parameters = function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ParameterError(f"{where}.function.name: got {name!r:.60}, wanted up to {LONGEST_NAME} of {_CHARS}")
     if description is not None and not isinstance(description, str):
         raise ParameterError(f"{where}.function.description: got {type(description).__name__}, wanted a text")
+    if strict is not None and not isinstance(strict, bool):
+        raise ParameterError(f"{where}.function.strict: got {strict!r:.60}, wanted true or false")
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
     if not isinstance(parameters, Mapping):
@@ -128,26 +133,87 @@ def _checked_tool(i: int, tool: object) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def force_calls(tokenizer: Tokenizer, use: ToolUse, form: Format, or_schema: Any = None) -> Constraint:
-    """A constraint to calls with valid arguments; with `or_schema`, or else to JSON of that schema."""
+def force_calls(
+    tokenizer: Tokenizer, use: ToolUse, form: Format, or_schema: Any = None, opened: bool = False
+) -> Constraint:
+    """A constraint to calls with valid arguments; with `or_schema`, or else to JSON of that schema.
+
+    opened: what opens the first call was said, and only the arguments of strict functions need fit their schema.
+    """
     rules = []
     for i, tool in enumerate(use.tools):
         name = json.dumps(tool["function"]["name"])
         before = json.dumps(f'{{"name": {name}, "{form.key}": ')
-        schema = json_rule(tool["function"]["parameters"], f"tools[{i}].function.parameters")
+        free = opened and not tool["function"].get("strict")
+        parameters = {"type": "object"} if free else tool["function"]["parameters"]
+        schema = json_rule(parameters, f"tools[{i}].function.parameters")
         rules.append(f'call{i}: {before} {schema} "}}"')
     one = "call: " + " | ".join(f"call{i}" for i in range(len(use.tools)))
     begin, end = _quoted(tokenizer, form.begin), json.dumps(form.end) if form.end else ""
     more = _MOST_CALLS - 1 if use.several else 0
+    first = '(" " | "\\n")?' if opened else begin
     if form.as_list:
-        calls = f'calls: {begin} "[" call' + (f' (", " call){{0,{more}}}' if more else "") + f' "]" {end}'
+        calls = f'calls: {first} "[" call' + (f' (", " call){{0,{more}}}' if more else "") + f' "]" {end}'
     elif form.end and more:
-        calls = f'calls: {begin} call {end} ("\\n" {begin} call {end}){{0,{more}}}'
+        calls = f'calls: {first} call {end} ("\\n" {begin} call {end}){{0,{more}}}'
     else:
-        calls = f"calls: {begin} call {end}"
+        calls = f"calls: {first} call {end}"
     start = "start: calls" if or_schema is None else "start: calls | " + json_rule(or_schema, "response_format")
     source = check_source("tools", "\n".join([start, calls, one, *rules]) + "\n")
     return compiled(tokenizer, source, "tools", is_json=True)
+
+
+class OpenedCalls:
+    """No constraint until the answer opens a call, as its model's format has it; from there on `force_calls`."""
+
+    def __init__(self, tokenizer: Tokenizer, mark: str, calls: Constraint) -> None:
+        self._tokenizer, self._mark, self._calls = tokenizer, mark, calls
+        ids = tokenizer.encode(mark, add_bos=False, special=True)
+        self._control = ids[0] if len(ids) == 1 and tokenizer.is_control(ids[0]) else None
+        self._single = byte_tokens(tokenizer)
+        self._said = b""  # last bytes, which may begin the mark
+        self._open = False
+
+    def apply(self, scores: NDArray[np.float32]) -> None:
+        """As Constraint.apply, in a call."""
+        if self._open:
+            self._calls.apply(scores)
+
+    def accept(self, token: int) -> None:
+        """Go on after a token."""
+        if self._open:
+            self._calls.accept(token)
+        elif self._tokenizer.is_control(token):
+            self._open, self._said = token == self._control, b""
+        else:
+            mark = self._mark.encode()
+            self._said += self._tokenizer.token_bytes(token)
+            _, found, behind = self._said.partition(mark)
+            self._said = behind if found else self._said[-len(mark) :]
+            self._open = bool(found) and self._goes_on(behind)
+
+    def copy(self) -> OpenedCalls:
+        """Another one, for another answer that has not begun."""
+        return OpenedCalls(self._tokenizer, self._mark, self._calls.copy())
+
+    def _goes_on(self, behind: bytes) -> bool:
+        """Whether a call can begin with these bytes, which came in one token with the mark; then they are taken."""
+        calls = self._calls.copy()
+        try:
+            for i in range(len(behind)):
+                calls.accept(self._single[behind[i : i + 1]])
+        except (KeyError, ParameterError):
+            return False  # the mark was part of a text
+        self._calls = calls
+        return True
+
+
+def strict_calls(tokenizer: Tokenizer, use: ToolUse, form: Format) -> OpenedCalls | None:
+    """The constraint of an answer that need not call; None without strict functions, or where nothing opens a call."""
+    mark = form.begin.rstrip()
+    if not mark or not any(tool["function"].get("strict") for tool in use.tools):
+        return None
+    return OpenedCalls(tokenizer, mark, force_calls(tokenizer, use, form, opened=True))
 
 
 def _quoted(tokenizer: Tokenizer, text: str) -> str:

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from fakes import END, FakeTokenizer, make
 from vocabularies import byte_level, sentencepiece
@@ -28,6 +29,7 @@ from hotcold.runtime.tool_calls import (
     check_tools,
     force_calls,
     format_of,
+    strict_calls,
 )
 from hotcold.runtime.tool_prompt import tool_prompt
 
@@ -230,8 +232,6 @@ def test_the_format_is_the_templates(name: str) -> None:
 
 
 def said(tokenizer: Any, it: Any, seed: int) -> str:
-    import numpy as np
-
     rng, text = np.random.default_rng(seed), b""
     for _ in range(3000):
         scores = rng.gumbel(size=tokenizer.n_vocab).astype(np.float32)
@@ -352,6 +352,7 @@ def test_a_forced_call(choice: Any, stream: bool) -> None:
         ("tools", {"tools": [{"type": "function", "function": {"name": "x", "parameters": []}}]}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "x", "description": 5}}]}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"a": {1}}}}]}),
+        ("tools", {"tools": [{"type": "function", "function": {"name": "x", "strict": "yes"}}]}),
         ("tools", {"tools": [GET, GET]}),
         ("tools", {"tools": [GET] * 129}),
         ("tool_choice", {"tool_choice": "required"}),
@@ -424,3 +425,84 @@ def test_server_and_library_have_the_same_limits(request_: dict[str, Any], right
         else:
             with pytest.raises(ValueError):
                 take()
+
+
+STRICT, STRICT_PUT = ({**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS)  # type: ignore
+
+
+@pytest.mark.parametrize("form", [HERMES, MISTRAL, GRANITE], ids=["hermes", "mistral", "granite"])
+@pytest.mark.parametrize("vocabulary", ["byte_level", "sentencepiece", "fake"])
+def test_strict_calls_are_valid_once_they_are_open(form: Format, vocabulary: str) -> None:
+    """A model that says a mark somewhere in its text, cut in any way, and then anything."""
+    tokenizer: Any = {"byte_level": byte_level, "sentencepiece": sentencepiece, "fake": FakeTokenizer}[vocabulary]()
+    use, mark, names = check_tools([STRICT, STRICT_PUT], None, None), form.begin.rstrip(), set()
+    for seed in range(12):
+        it = strict_calls(tokenizer, use, form)
+        assert it is not None
+        it = it.copy()
+        before = "Well <tool_ " + mark
+        for token in tokenizer.encode(before, add_bos=False, special=True):
+            scores = np.zeros(tokenizer.n_vocab, np.float32)
+            it.apply(scores)
+            assert not scores.any(), "everything may come"
+            it.accept(token)
+        content, calls = parse([before + said(tokenizer, it, seed)])
+        assert content.strip() == "Well <tool_" and calls
+        for name, arguments in calls:
+            names.add(name)
+            jsonschema.validate(json.loads(arguments), SCHEMAS[name])
+    assert names == {"get", "a.put"}
+
+
+def test_strict_calls_are_asked_for() -> None:
+    tokenizer: Any = FakeTokenizer()
+    assert strict_calls(tokenizer, check_tools(TOOLS, None, None), HERMES) is None
+    assert strict_calls(tokenizer, check_tools([STRICT], "none", None), HERMES) is None
+    assert strict_calls(tokenizer, check_tools([STRICT], None, None), LLAMA3) is None
+    wrong = CALL.replace("Ulm", "Timbuktu").replace("city", "town")
+    choice = scripted(wrong).create_chat_completion(MESSAGES, tools=[GET])["choices"][0]
+    assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"town": "Timbuktu"}
+    choice = scripted("Yes. " + wrong).create_chat_completion(MESSAGES, tools=[STRICT], seed=1)["choices"][0]
+    assert choice["message"]["content"] == "Yes."
+    for call in choice["message"]["tool_calls"]:
+        jsonschema.validate(json.loads(call["function"]["arguments"]), CITY)
+    text = scripted("plain <tool_").create_chat_completion(MESSAGES, tools=[STRICT])["choices"][0]
+    assert text["message"]["content"] == "plain <tool_" and text["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("name, right", [("get", False), ("a.put", True), ("other", False)])
+def test_which_arguments_are_bound(name: str, right: bool) -> None:
+    tokenizer: Any = FakeTokenizer()
+    it = strict_calls(tokenizer, check_tools([STRICT, PUT], None, None), HERMES)
+    assert it is not None
+    for token in f'<tool_call>\n{{"name": "{name}", "arguments": {{"x": [1]}}}}\n</tool_call>'.encode():
+        scores = np.zeros(tokenizer.n_vocab, np.float32)
+        it.apply(scores)
+        if scores[token]:
+            assert not right
+            return
+        it.accept(token)
+    assert right
+
+
+ENDS = [(">", True), (">\n", True), (">\n{", True), ('>{"na', True), ("> is a tag", False)]
+
+
+@pytest.mark.parametrize("end, opens", ENDS)
+def test_a_token_may_hold_more_than_the_mark(end: str, opens: bool) -> None:
+    class Wide(FakeTokenizer):
+        """Token 4 is what stands behind <tool_call."""
+
+        def token_bytes(self, id: int) -> bytes:
+            return end.encode() if id == 4 else super().token_bytes(id)
+
+    tokenizer: Any = Wide()
+    it = strict_calls(tokenizer, check_tools([STRICT], None, None), HERMES)
+    assert it is not None
+    for token in [*b"a<tool_call", 4]:
+        it.accept(token)
+    scores = np.zeros(tokenizer.n_vocab, np.float32)
+    it.apply(scores)
+    assert bool(scores.any()) == opens
+    if opens:
+        assert parse(["a<tool_call" + end + said(tokenizer, it, 0)])[1]
