@@ -33,6 +33,7 @@ _LIMITS = {
 }  # fmt: skip
 _STEP_S = 0.25  # of one token's mask, in which every other answer waits
 _COMPILE_S = 5.0  # for which a request waits; what takes longer is left to itself
+_WAIT_S = 1.0  # for one of these:
 _slots = threading.BoundedSemaphore(3)  # compilations at a time, those left to themselves too
 _TERMINAL = re.compile(r"\b_?[A-Z][A-Z0-9_]*\b")
 _KEPT = 16  # compiled grammars kept for each model
@@ -279,7 +280,7 @@ def _on_large_stack(work: Callable[[], T], name: str) -> T:
         finally:
             _slots.release()
 
-    if not _slots.acquire(timeout=_COMPILE_S):
+    if not _slots.acquire(timeout=_WAIT_S):
         raise BusyError(f"{name}: too many others are being compiled; ask again later")
     try:
         with _lock:

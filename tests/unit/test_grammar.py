@@ -565,6 +565,7 @@ def test_a_compilation_that_takes_long_holds_nobody_up(monkeypatch: pytest.Monke
     assert constraint(plain, regex="known") is not None
     with monkeypatch.context() as patch:
         patch.setattr(grammar, "_COMPILE_S", 0.05)
+        patch.setattr(grammar, "_WAIT_S", 0.05)
         for i in range(3):
             with pytest.raises(ParameterError, match="^regex: got one that takes over 0.05 s to compile"):
                 constraint(plain, regex=f"slow{i}")
