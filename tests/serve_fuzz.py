@@ -3,7 +3,8 @@
     python tests/serve_fuzz.py [--examples 200] [--seed 1] [--workers 1] [--model FILE] [options of schemathesis]
 
 All of its checks that are on by default stay on; data that fit the document may still be answered with 400, as ids of
-tokens, lengths, templates and schemas have bounds that no document can tell. Afterwards the server must still be well:
+tokens, lengths, templates and schemas have bounds that no document can tell. So that this lets no server pass that
+refuses everything, each path must have answered at least once with a 2xx. Afterwards the server must still be well:
 nothing runs or waits, no block of the KV cache is held, no reply was a 5xx, and its log has no traceback. Exit code 1
 otherwise.
 """
@@ -11,6 +12,7 @@ otherwise.
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,10 @@ from tiny import make_tiny_model
 
 SCHEMATHESIS = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run"]
 
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models", "/tokenize",
+    "/detokenize",
+)  # fmt: skip
 SETTINGS = """
 [checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "401", "404", "413", "429"]
@@ -30,7 +36,7 @@ expected-statuses = ["2xx", "400", "401", "404", "413", "429"]
 def fuzz(server: Served, folder: Path, examples: int, seed: int, workers: int = 1, *more: str) -> tuple[list[str], str]:
     """What is wrong, and what schemathesis printed; folder: for its own files."""
     (folder / "schemathesis.toml").write_text(SETTINGS, encoding="utf-8")
-    before = server.statuses()
+    before, answered = server.statuses(), served(server)
     done = subprocess.run(
         [
             *SCHEMATHESIS, server.url + "/openapi.json", "--header", f"Authorization: Bearer {KEY}",
@@ -50,8 +56,17 @@ def fuzz(server: Served, folder: Path, examples: int, seed: int, workers: int = 
     problems += [
         f"{n} replies {status}" for status, n in statuses.items() if status[0] == "5" and n > before.get(status, 0)
     ]
+    now = served(server)
+    problems += [f"{path}: no reply was a 2xx" for path in PATHS if now.get(path, 0) == answered.get(path, 0)]
     problems += [line for line in server.log if "Traceback" in line or "error:" in line]
     return problems, done.stdout
+
+
+def served(server: Served) -> dict[str, int]:
+    """How many replies of each path had status 200."""
+    _, text = server.get("/metrics")
+    found = re.findall(r'hotcold_requests_total\{path="([^"]*)",status="200"\} (\S+)', text)
+    return {path: int(float(n)) for path, n in found}
 
 
 def main() -> None:

@@ -30,10 +30,15 @@ _WORDS = {
     404: "No such model", 405: "No such method here", 408: "The body did not come", 413: "The body is too large",
     429: "The queue is full", 500: "An error of the server", 503: "Loading, shutting down, or out of memory",
 }  # fmt: skip
-REQUESTS = (
-    schemas.ChatRequest, schemas.CompletionRequest, schemas.EmbeddingRequest, schemas.ResponsesRequest,
-    schemas.TokenizeRequest, schemas.DetokenizeRequest,
-)  # fmt: skip
+# the bodies of requests, and an example of each for the document
+REQUESTS: dict[type[BaseModel], dict[str, Any]] = {
+    schemas.ChatRequest: {"messages": [{"role": "user", "content": "What is a noun?"}], "max_tokens": 16},
+    schemas.CompletionRequest: {"prompt": "Once upon a time", "max_tokens": 16},
+    schemas.EmbeddingRequest: {"input": ["a noun", "a verb"]},
+    schemas.ResponsesRequest: {"input": "What is a noun?", "max_output_tokens": 16},
+    schemas.TokenizeRequest: {"content": "a noun"},
+    schemas.DetokenizeRequest: {"tokens": [1, 2, 3]},
+}
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -183,7 +188,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def _documented(schema: type[BaseModel], shape: type[BaseModel], stream: bool = False) -> dict[str, Any]:
     """What the OpenAPI document says about a POST; the body is checked by us, not by FastAPI."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    content = {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}, "example": REQUESTS[schema]}
     answer: dict[str, Any] = {"model": shape}
     if stream:
         # no type: tools differ in whether they take the whole stream as a text or each event as an object
@@ -191,7 +196,7 @@ def _documented(schema: type[BaseModel], shape: type[BaseModel], stream: bool = 
         answer["content"] = {"text/event-stream": {"schema": {"description": what}}}
     return {
         "responses": {200: answer, **_errors(400, 401, 403, 404, 405, 408, 413, 429, 500, 503)},
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}},
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": content}}},
     }
 
 

@@ -164,9 +164,9 @@ def test_json_on_the_wire_is_utf8(server: Served, model: str) -> None:
         for seed in range(4):
             body = asked(model, 200, stream=True) | {"temperature": 2.0, "seed": seed}
             exchange = await Exchange.open(server.url, CHAT, body, KEY)
-            data = await exchange.body()
-            for line in data.decode("utf-8").splitlines():
-                if line.startswith("data: {"):
-                    json.loads(line[6:])
+            assert exchange.status == 200
+            lines = [line for line in (await exchange.body()).decode("utf-8").split("\n") if line.startswith("data: ")]
+            chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+            assert lines[-1] == "data: [DONE]" and len(chunks) > 1 and all(chunk["choices"] for chunk in chunks)
 
     asyncio.run(run())
