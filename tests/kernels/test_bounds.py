@@ -106,6 +106,20 @@ def touch(level: str) -> None:
             product |= {name: value for name, value in fields.items() if name in ARRAYS}
             x = Buffer(np.ones((n_tok, k), np.float32))
             run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=n_tok)
+            if n_tok == 1 and kind in QUANTS:
+                step = {"tile_min": 99, "strips": 1}
+                run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=1, **step)
+                tall = Buffer(weights(kind, 21, k, rng), before_a_forbidden_page)  # more than a strip has
+                taller = {
+                    **shared,
+                    **product,
+                    "w": tall,
+                    "n": 21,
+                    "out": Buffer.full((1, 21)),
+                    "out_stride": 21,
+                    "bias": 0,
+                }
+                run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, taller), n_tok=1, **step)
             # The same rows as those of the last expert.
             routing = np.zeros(len(Routing), np.int64)
             routing[Routing.experts // 8] = 1
