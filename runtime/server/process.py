@@ -27,8 +27,9 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") i
 HEADER_S = 30.0  # for the head of a request to come
 AFTER_GRACE_S = 5  # for the last words to be sent
 MOST_CONNECTIONS = 4096
-BACKLOG = 128  # connections that wait to be accepted, and that are accepted in one go
-OTHER_FILES = 64  # that the process opens besides
+BACKLOG = 16  # connections that are accepted in one go
+# Files beside those of clients: four rounds of the event loop may accept before the first too many is closed.
+OTHER_FILES = 64 + 4 * BACKLOG
 
 
 def serve(models: Mapping[str, Loader], settings: Settings, say: Callable[[str], None]) -> None:
@@ -182,14 +183,14 @@ def most_connections() -> int:
         import resource
     except ImportError:  # Windows, which has no such limit
         return MOST_CONNECTIONS
-    wanted = MOST_CONNECTIONS + BACKLOG + OTHER_FILES
+    wanted = MOST_CONNECTIONS + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
             soft = raised
-        return max(1, soft - BACKLOG - OTHER_FILES)
+        return max(1, soft - OTHER_FILES)
     return MOST_CONNECTIONS
 
 
