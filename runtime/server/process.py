@@ -28,6 +28,7 @@ HEADER_S = 30.0  # for the head of a request to come
 AFTER_GRACE_S = 5  # for the last words to be sent
 MOST_CONNECTIONS = 4096
 BACKLOG = 16  # connections that are accepted in one go
+WAITING = 1024  # that wait for it
 # Files beside those of clients: four rounds of the event loop may accept before the first too many is closed.
 OTHER_FILES = 64 + 4 * BACKLOG
 
@@ -99,6 +100,12 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(settings.grace) + AFTER_GRACE_S, backlog=BACKLOG,
         )  # fmt: skip
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; more may wait for being accepted than are accepted in one go, which asyncio has as one number."""
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(WAITING)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -220,7 +227,7 @@ def bind(settings: Settings) -> socket.socket:
     """A socket that listens; HotcoldError where that cannot be."""
     family, address = _addresses(settings.host, settings.port)[0]
     try:
-        return socket.create_server(address, family=family, backlog=1024)
+        return socket.create_server(address, family=family, backlog=WAITING)
     except OSError as error:
         raise HotcoldError(
             f"{settings.host}:{settings.port}: {error.strerror}; choose another with --port (0: any that is free)"
