@@ -61,29 +61,30 @@ def make_app(service: Service) -> ASGIApp:
 
 async def _receive(service: Service, request: Request, schema: type[M]) -> tuple[M, dict[str, Any]]:
     """The checked body, unless the server stops before it is there."""
-    return await while_wanted(
-        bodies.receive(request, schema, service.settings.max_body, service.room), service.stops
-    )
+    return await while_wanted(bodies.receive(request, schema, service.settings.max_body, service.room), service.stops)
+
+
+async def _answer(
+    service: Service, request: Request, schema: type[schemas.ChatRequest] | type[schemas.CompletionRequest], opens: str
+) -> Response:
+    """The started reply to a request; opens: the name of LLM's method that makes it."""
+    body, given = await _receive(service, request, schema)
+    model, llm = service.pick(body.model)
+    reply = await service.prepare(request.receive, llm, getattr(llm, opens), {**given, "model": model})
+    reply.start()
+    return (Stream if body.stream else Whole)(service, model, reply)
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", **_documented(schemas.ChatRequest, shapes.ChatCompletion, stream=True))
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
-        body, given = await _receive(service, request, schemas.ChatRequest)
-        model, llm = service.pick(body.model)
-        reply = await service.prepare(request.receive, llm, llm.open_chat, {**given, "model": model})
-        reply.start()
-        return (Stream if body.stream else Whole)(service, model, reply)
+        return await _answer(service, request, schemas.ChatRequest, "open_chat")
 
     @app.post("/v1/completions", **_documented(schemas.CompletionRequest, shapes.Completion, stream=True))
     async def complete(request: Request) -> Response:
         """Continue a prompt."""
-        body, given = await _receive(service, request, schemas.CompletionRequest)
-        model, llm = service.pick(body.model)
-        reply = await service.prepare(request.receive, llm, llm.open_completion, {**given, "model": model})
-        reply.start()
-        return (Stream if body.stream else Whole)(service, model, reply)
+        return await _answer(service, request, schemas.CompletionRequest, "open_completion")
 
     @app.post("/v1/responses", **_documented(schemas.ResponsesRequest, shapes.Response, stream=True))
     async def respond(request: Request) -> Response:
