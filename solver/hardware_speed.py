@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..runtime.limits import read_rate
 from ..runtime.memory import available_bytes
 from .hardware import Hardware
 
@@ -29,15 +29,8 @@ def cpu_read(threads: int, nbytes: int = CPU_BYTES) -> dict[int, float]:
     available = available_bytes()
     if available is not None:
         nbytes = max(1 << 20, min(nbytes, available // 8))
-    data = np.ones(nbytes // 8, np.int64)
     counts = sorted({1 << power for power in range(threads.bit_length()) if 1 << power <= threads} | {threads})
-
-    def bandwidth(count: int) -> float:
-        pieces = np.array_split(data, count * 4)
-        with ThreadPoolExecutor(count) as pool:
-            return data.nbytes / _best(lambda: list(pool.map(np.add.reduce, pieces)))
-
-    return {count: bandwidth(count) for count in counts}
+    return {count: read_rate(count, nbytes, ROUNDS) for count in counts}
 
 
 def gpu(device: Device, base: Hardware, nbytes: int = GPU_BYTES, repeats: int = REPEATS) -> Hardware:

@@ -24,7 +24,7 @@ PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # blocks of 32
 FLOATS = [kind.name for kind in naive.FLOAT_TYPES]
 KERNELS = [
     *("walk", "norm:rms", "norm:layer", "pack", "rope:norm", "rope:neox", "attention", "attention:softcap"),
-    *("select:gates", "select:scores", "add_parts"),
+    *("select:gates", "select:scores", "add_parts", "read", "peak"),
     *("route", "combine"),
     *(f"{family}:{name}" for family in ("activate", "rows:F32") for name in naive.ACTIVATIONS),
     *(f"{family}:{kind}" for family in ("matmul", "embed", "rows", "down", "matmul_t", "experts") for kind in TYPES),

@@ -1,7 +1,8 @@
 """`hotcold bench`: prompt and decode speed, load and first-token time, peak memory; also against llama.cpp.
 
 As llama-bench does, a prompt is evaluated from an empty cache, and so is a decode of one-token steps; speeds
-are medians. Against a peer the two take turns, so that whatever else the machine does hits both.
+are medians. Against a peer the two take turns, so that whatever else the machine does hits both. A decoded token reads
+the weights, so its speed stands beside that of reading them and doing nothing else, measured before and after.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine, Sequence
 
 SHORT_PROMPT = 8
+READ_S = 0.1  # of reading memory, at a time
 PAUSE_S = 0.1  # for the other side's threads to go to sleep
 CTX_STEP = 256
 
@@ -62,6 +64,7 @@ class Side(Protocol):
 
     def prompt(self, ids: list[int]) -> float: ...
     def decode(self, first: int, n: int) -> float: ...
+    def read_rate(self) -> float | None: ...
     def peak_rss(self) -> int | None: ...
 
 
@@ -79,12 +82,14 @@ class Ours:
         lora: list[tuple[Path, float]],
     ) -> None:
         from ..runtime.engine import Engine  # imported before the clock starts, as the peer's library is
+        from ..runtime.limits import Reader, bytes_outside_ffn, reader_of
 
         status = console.StatusLine()
         stack.callback(status.clear)
         trace = stack.enter_context(timeline(gpu))
 
         def make(placement: Placement | None) -> Engine:
+            self.on_cpu = placement is None
             self.load_s = -time.perf_counter()
             return Engine(
                 path,
@@ -100,6 +105,11 @@ class Ours:
         self.engine: Engine = stack.enter_context(opened(gpu, path, n_ctx, n_threads, sparsity, status, make))
         self.load_s += time.perf_counter()
         self.first_token_s = self.load_s + self.prompt(token_ids(self.engine.n_vocab, SHORT_PROMPT))
+        self.reader: Reader | None = None
+        if self.on_cpu:
+            self.reader = reader_of(self.engine, status)
+            stack.callback(self.reader.close)
+            self.outside_ffn = bytes_outside_ffn(self.engine)
         status.clear()
 
     def prompt(self, ids: list[int]) -> float:
@@ -115,6 +125,10 @@ class Ours:
                 token = self._next(sequence, [token])
 
         return self._timed(steps)
+
+    def read_rate(self) -> float | None:
+        """Bytes a second at which as many threads read the weights and do nothing else; None if a GPU has a part."""
+        return self.reader.rate(READ_S) if self.reader else None
 
     def ffn(self, first: int, n: int) -> dict[str, Any]:
         """What the FFNs do in such a decode: mode, active share, bytes read a token, predictors' share of the time."""
@@ -175,6 +189,9 @@ class Theirs:
     def decode(self, first: int, n: int) -> float:
         """Seconds for n one-token steps from an empty cache, greedy after `first`."""
         return float(self._ask(op="decode", first=first, n=n)["s"])
+
+    def read_rate(self) -> None:
+        """None: that is for us to measure."""
 
     def peak_rss(self) -> int | None:
         """Peak resident bytes of the child, mapped model included."""
@@ -244,6 +261,8 @@ def bench(
             for result in measure(sides, token_ids(n_vocab, n_prompt), n_gen, repetitions)
         ]
         ffn = ours.ffn(token_ids(n_vocab, 1)[0], n_gen)
+        rate = results[0].pop("read_bytes_s")
+        reading = rate and reads(ours.outside_ffn + ffn["bytes_per_token"], results[0]["decode_tok_s"], rate)
     report: dict[str, Any] = {
         **results[0],
         "n_prompt": n_prompt,
@@ -251,8 +270,10 @@ def bench(
         "repetitions": repetitions,
         "n_ctx": n_ctx,
         "ffn": ffn,
+        "read": reading,
     }
     if against is not None:
+        del results[1]["read_bytes_s"]
         report["peer"] = {**results[1], "name": against.value}
         report["ratio"] = {
             kind: results[0][f"{kind}_tok_s"] / results[1][f"{kind}_tok_s"] for kind in ("prompt", "decode")
@@ -278,6 +299,7 @@ def measure(sides: list[Side], ids: list[int], n_gen: int, repetitions: int) -> 
     """One result a side: median tokens per second, times in seconds, memory in bytes."""
     prompts: list[list[float]] = [[] for _ in sides]
     decodes: list[list[float]] = [[] for _ in sides]
+    rates: list[list[float]] = [[] for _ in sides]
     status = console.StatusLine()
     for round_ in range(repetitions + 1):
         status(f"measuring, round {round_} of {repetitions}" if round_ else "warming up")
@@ -286,19 +308,34 @@ def measure(sides: list[Side], ids: list[int], n_gen: int, repetitions: int) -> 
             prompts[number].append(len(ids) / side.prompt(ids))
         for number, side in enumerate(sides):
             time.sleep(PAUSE_S)
+            before = side.read_rate()
             decodes[number].append(n_gen / side.decode(ids[0], n_gen))
+            after = side.read_rate()
+            if before and after:
+                rates[number].append((before + after) / 2)
     status.clear()
     return [
         {
             # The first round warmed up.
             "prompt_tok_s": statistics.median(prompts[number][1:]),
             "decode_tok_s": statistics.median(decodes[number][1:]),
+            "read_bytes_s": statistics.median(rates[number][1:]) if rates[number] else None,
             "load_s": side.load_s,
             "first_token_s": side.first_token_s,
             "peak_rss_bytes": side.peak_rss(),
         }
         for number, side in enumerate(sides)
     ]
+
+
+def reads(nbytes: int, tok_s: float, rate: float) -> dict[str, float]:
+    """What a decode of tok_s tokens a second reads at nbytes of weights a token, where memory is read at `rate`."""
+    return {
+        "bytes_per_token": nbytes,
+        "decode_bytes_s": tok_s * nbytes,
+        "memory_bytes_s": rate,
+        "share": tok_s * nbytes / rate,
+    }
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -318,6 +355,12 @@ def _print(report: dict[str, Any]) -> None:
         line = f"{title:18}  {cells[0]:>12}" + "".join(f"  {cell:>16}" for cell in cells[1:])
         ratio = report.get("ratio", {}).get(key.removesuffix("_tok_s"))
         print(line + (f"  {ratio:>5.2f}x" if ratio is not None else ""))
+    if read := report["read"]:
+        print(
+            f"decode reads {console.human_bytes(read['bytes_per_token'])} of weights a token: "
+            f"{read['decode_bytes_s'] / 1e9:.1f} GB/s, {read['share']:.0%} of the {read['memory_bytes_s'] / 1e9:.1f} "
+            "at which they can be read"
+        )
     ffn = report["ffn"]
     if ffn["sparsity"] != "dense":
         predictors = f", predictors {ffn['predictor_time']:.1%} of the time" if ffn["predictor_time"] else ""

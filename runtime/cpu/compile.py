@@ -37,6 +37,8 @@ FAMILIES = {
     "transpose": "transpose",
     "decode": "decode",
     "encode": "encode",
+    "read": "read",
+    "peak": "peak",
     "rope": "rope",
     "attention": "attention",
 }

@@ -48,6 +48,8 @@ TILE_MIN = 8  # tokens from which on a step is tiled, if nobody says; also the b
 ROWS_MAX = 32  # most tokens of a step by rows
 PANEL_TOKENS = 8  # capacity of buffers is a multiple of this
 PANEL_ROWS = 16  # most weight rows in a register tile
+PEAK_TILE = {64: 12, 32: 8}  # by vector width, accumulators of the measurement of the dot-product unit
+PEAK_BYTES = 4096  # that it multiplies, over and over
 KV_BLOCK = 32  # tokens in a block of the KV cache
 QUERY_TILE = 8  # query tokens that share one pass over the KV cache
 
@@ -70,6 +72,7 @@ Norm = arguments(
 )
 Embed = arguments("Embed", "w out k row_bytes gain at add scratch scratch_bytes")
 Rope = arguments("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")
+Read = arguments("Read", "src size parts sums")
 Transpose = arguments("Transpose", "w out k n row_bytes scratch scratch_bytes")
 Attention = arguments(
     "Attention", "q out n_head n_kv dim_k dim_v keys values scale softcap window scratch scratch_bytes"

@@ -24,8 +24,8 @@ def invoke(*arguments: str) -> Any:
 class FakeSide:
     """A side whose times are given; notes in which order it was asked."""
 
-    def __init__(self, name: str, order: list[str], times: Sequence[float]) -> None:
-        self.name, self.order, self.times = name, order, list(times)
+    def __init__(self, name: str, order: list[str], times: Sequence[float], rates: Sequence[float] = ()) -> None:
+        self.name, self.order, self.times, self.rates = name, order, list(times), list(rates)
         self.load_s, self.first_token_s = 1.0, 2.0
 
     def prompt(self, ids: list[int]) -> float:
@@ -35,6 +35,9 @@ class FakeSide:
     def decode(self, first: int, n: int) -> float:
         self.order.append(f"{self.name} decode {n}")
         return self.times.pop(0)
+
+    def read_rate(self) -> float | None:
+        return self.rates.pop(0) if self.rates else None
 
     def peak_rss(self) -> int | None:
         return 5
@@ -49,6 +52,20 @@ def test_measure_takes_turns_and_medians(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (ours["prompt_tok_s"], ours["decode_tok_s"]) == (8.0, 16.0)
     assert (theirs["prompt_tok_s"], theirs["decode_tok_s"]) == (2.0, 4.0)
     assert (ours["load_s"], ours["first_token_s"], ours["peak_rss_bytes"]) == (1.0, 2.0, 5)
+
+
+def test_reading_is_measured_before_and_after_each_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PAUSE_S", 0.0)
+    sides = [FakeSide("a", [], [9, 1, 2, 4], [1, 1, 20, 40, 5, 7, 90, 110]), FakeSide("b", [], [9, 8, 8, 8])]
+    ours, theirs = bench.measure(sides, [1] * 16, 32, 3)
+    assert ours["read_bytes_s"] == 30 and theirs["read_bytes_s"] is None
+    assert not sides[0].rates
+    assert bench.reads(200, 10, 8000) == {
+        "bytes_per_token": 200,
+        "decode_bytes_s": 2000,
+        "memory_bytes_s": 8000,
+        "share": 0.25,
+    }
 
 
 def test_token_ids_are_valid_and_always_the_same() -> None:
@@ -72,7 +89,16 @@ def fake_engine(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def __exit__(self, *_: object) -> None:
             self.close()
 
+    class Reader:
+        def rate(self, seconds: float) -> float:
+            return 8e9
+
+        def close(self) -> None:
+            assert not made[-1].closed
+
     monkeypatch.setattr("hotcold.runtime.engine.Engine", Engine)
+    monkeypatch.setattr("hotcold.runtime.limits.reader_of", lambda engine, progress: Reader())
+    monkeypatch.setattr("hotcold.runtime.limits.bytes_outside_ffn", lambda engine: 1 << 20)
     monkeypatch.setattr(bench, "PAUSE_S", 0.0)
     return made
 
@@ -128,12 +154,16 @@ def test_bench_json(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., P
     assert report["ffn"]["sparsity"] == "dense" and report["ffn"]["active"] == 1
     assert report["peak_rss_bytes"] is None or report["peak_rss_bytes"] > 1 << 20
     assert "peer" not in report
+    read = report["read"]
+    assert read["bytes_per_token"] == 1 << 20 and read["memory_bytes_s"] == 8e9
+    assert read["share"] == pytest.approx(report["decode_tok_s"] * (1 << 20) / 8e9)
 
 
 def test_bench_evaluates_what_it_says(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]) -> None:
     made = fake_engine(monkeypatch)
     result = invoke("bench", str(tiny_model()), "-p", "20", "-n", "4", "-r", "2")
     assert result.exit_code == 0 and "prompt 20 (tok/s)" in result.stdout
+    assert "decode reads 1.0 MiB of weights a token" in result.stdout and "of the 8.0 at which" in result.stdout
     assert made[0].calls == [8] + [20, 1, 1, 1, 1] * 3 and made[0].n_ctx == 256 and made[0].closed
 
 
@@ -152,6 +182,7 @@ def test_bench_against(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[...
         "llama-cpp-python",
     ]
     report = json.loads(invoke(*arguments, "--json").stdout)
+    assert "read_bytes_s" not in report and "read_bytes_s" not in report["peer"]
     keys = {"model", "threads", "prompt_tok_s", "decode_tok_s", "load_s", "first_token_s", "peak_rss_bytes"}
     assert keys <= set(report["peer"]) and report["peer"]["prompt_tok_s"] > 0
     assert report["ratio"]["prompt"] == report["prompt_tok_s"] / report["peer"]["prompt_tok_s"]

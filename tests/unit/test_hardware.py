@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hotcold.formats.errors import FormatError, GPUError, ModelNotFoundError
@@ -79,18 +78,16 @@ def test_without_a_gpu_the_reason_and_made_up_figures(monkeypatch: pytest.Monkey
     assert machine.cpu_read != NOMINAL.cpu_read and machine.name.startswith(hardware.cpu_name())
 
 
-def test_cpu_bandwidth_reads_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
+def test_cpu_bandwidth_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
 
-    class Counting:
-        @staticmethod
-        def reduce(piece: np.ndarray) -> None:
-            read.append(piece.nbytes)
+    def read_rate(*arguments: int) -> float:
+        asked.append(arguments)
+        return float(arguments[0])
 
-    monkeypatch.setattr(hardware_speed.np, "add", Counting)
-    found = hardware_speed.cpu_read(3, 1 << 20)
-    assert list(found) == [1, 2, 3]
-    assert sum(read) == 3 * hardware_speed.ROUNDS * (1 << 20)
+    monkeypatch.setattr(hardware_speed, "read_rate", read_rate)
+    assert hardware_speed.cpu_read(3, 1 << 20) == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert asked == [(count, 1 << 20, hardware_speed.ROUNDS) for count in (1, 2, 3)]
 
 
 def test_bandwidth_by_threads_and_hand_overs() -> None:
