@@ -1,13 +1,15 @@
 """Compile kernels to object files: the child process that jit.py starts, `python -m hotcold.runtime.cpu.compile`.
 
 Numba lives only here, so that a warm start needs neither its import time nor its memory, and several children
-compile at once. Arguments: an output folder, then kernel names. One line `done NAME` is printed for each.
+compile at once. Its argument is an output folder; kernel names come as lines on stdin, each when the one before is
+done, which a line `done NAME` tells.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +19,9 @@ import llvmlite.binding as llvm
 from numba import types
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
+
+from . import isa
+from .jit import environment
 
 SYMBOL = "hotcold_kernel"
 FAMILIES = {
@@ -121,12 +126,17 @@ def write(folder: Path, name: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if (
+        arguments[0] == "--asm" and "NUMBA_CPU_NAME" not in os.environ
+    ):  # by hand: again, as a child of jit.py is started
+        command = [sys.executable, "-m", f"{__package__}.compile", *arguments]
+        sys.exit(subprocess.run(command, env=environment(isa.choose())).returncode)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     if arguments[0] == "--asm":
         print(assembly(arguments[1]))
         return
-    for name in arguments[1:]:
+    for name in map(str.strip, sys.stdin):
         write(Path(arguments[0]), name)
         print("done", name, flush=True)
 

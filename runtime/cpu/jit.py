@@ -11,7 +11,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from ...formats.errors import HotcoldError, StorageError
 from . import isa
 
 SYMBOL = "hotcold_kernel"
+# Families that take longest to compile, the slowest first: begun last, one of them would keep a single core waiting.
+SLOW = ("packed", "experts", "matmul", "matmul_t", "attention", "rows", "down", "encode", "activate", "norm")
 Progress = Callable[[str], None]
 _lock = threading.Lock()
 _loaded: dict[tuple[str, str], Any] = {}
@@ -111,7 +115,7 @@ def _path(level: str, name: str) -> Path:
     return folder(level) / (name.replace(":", "-") + ".o")
 
 
-def _environment(level: str) -> dict[str, str]:
+def environment(level: str) -> dict[str, str]:
     """Environment of a compiling child."""
     cpu, features = isa.target(level)
     search = os.pathsep.join(p for p in sys.path if p)
@@ -123,6 +127,11 @@ def _environment(level: str) -> dict[str, str]:
         "PYTHONPATH": search,
         "PYTHONDONTWRITEBYTECODE": os.environ.get("PYTHONDONTWRITEBYTECODE", ""),
     }
+
+
+def _slowness(name: str) -> int:
+    family = name.partition(":")[0]
+    return SLOW.index(family) if family in SLOW else len(SLOW)
 
 
 def _compile(level: str, names: list[str], progress: Progress | None) -> None:
@@ -139,34 +148,49 @@ def _compile(level: str, names: list[str], progress: Progress | None) -> None:
     count = max(1, min(os.cpu_count() or 1, len(names), 4))
     say = progress or (lambda line: None)
     say(f"compiling kernels 0/{len(names)}")
+    waiting = deque(sorted(names, key=_slowness))
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.compile", str(target), *names[i::count]],
-            env=_environment(level),
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-m", f"{__package__}.compile", str(target)],
+            env=environment(level),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=os.name == "posix",  # Ctrl-C reaches us alone, and we end them
         )
-        for i in range(count)
+        for _ in range(count)
     ]
     done = 0
     tell = threading.Lock()
     errors: list[str] = []
 
+    def give_work(child: subprocess.Popen[str]) -> None:
+        assert child.stdin
+        with tell:
+            name = waiting.popleft() if waiting else None
+        with suppress(OSError):  # it has ended, and says why
+            if name is None:
+                child.stdin.close()
+            else:
+                child.stdin.write(f"{name}\n")
+                child.stdin.flush()
+
     def follow(child: subprocess.Popen[str]) -> None:
         nonlocal done
         assert child.stdout
         trace = []
+        give_work(child)
         for line in child.stdout:
             if line.startswith("done "):
                 with tell:
                     done += 1
                     say(f"compiling kernels {done}/{len(names)}")
+                give_work(child)
             elif line.strip():
                 trace.append(line)
         if child.wait() != 0:
+            waiting.clear()
             errors.append(trace[-1].strip() if trace else f"exit status {child.returncode}")
             if os.environ.get("HOTCOLD_DEBUG"):
                 sys.stderr.writelines(trace)

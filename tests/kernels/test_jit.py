@@ -90,6 +90,22 @@ def test_a_folder_without_permission(tmp_path: Path, fresh: pytest.MonkeyPatch) 
         jit.load([KERNEL])
 
 
+def test_several_children_share_the_work(tmp_path: Path, fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("HOTCOLD_KERNEL_CACHE", str(tmp_path))
+    fresh.setattr(jit.os, "cpu_count", lambda: 3)
+    said: list[str] = []
+    names = ["walk", "read", "pack", "add_parts", "rope:neox"]
+    found = jit.load(names, "generic", said.append)
+    assert list(found) == names and all(found.values())
+    assert said == [f"compiling kernels {n}/5" for n in range(6)]
+    assert len(list(tmp_path.glob("*/*.o"))) == 5
+
+
+def test_the_slowest_kernels_are_begun_first() -> None:
+    names = ["walk", "norm:rms", "attention", "matmul:Q4_0", "pack"]
+    assert sorted(names, key=jit._slowness) == ["matmul:Q4_0", "attention", "norm:rms", "walk", "pack"]
+
+
 def test_a_kernel_that_does_not_compile(tmp_path: Path, fresh: pytest.MonkeyPatch) -> None:
     fresh.setenv("HOTCOLD_KERNEL_CACHE", str(tmp_path))
     with pytest.raises(HotcoldError, match="did not compile at level"):
