@@ -11,8 +11,8 @@ from ..formats.errors import UnsupportedError
 from ..formats.types import GGMLType
 from .cpu import jit
 from .cpu.buffers import GROUPS
-from .cpu.layout import Row, Transpose
-from .cpu.threads import ThreadPool
+from .cpu.layout import Transpose
+from .cpu.once import run_once
 from .memory import aligned
 from .tensors import Tensors
 
@@ -46,8 +46,9 @@ def add_down_t(
             made = aligned(n * n_ff * n_embd // 32 * 34)
             fields = {"k": n_ff, "n": n_embd, "row_bytes": info.row_size}
             first, turned = tensors.address(f"{name}.weight"), made.ctypes.data
-            places = [(first + i * info.nbytes // n, turned + i * len(made) // n) for i in range(n)]
-            _run(kernels["walk"], kernels[f"transpose:{kind.name}"], fields, places, n_threads)
+            places = [{"w": first + i * info.nbytes // n, "out": turned + i * len(made) // n} for i in range(n)]
+            ops = [(kernels[f"transpose:{kind.name}"], Transpose, fields | place) for place in places]
+            run_once(kernels["walk"], ops, n_threads, 32 * n_ff * 4 + 64)
             kind = GGMLType.Q8_0
         tensors.add(f"{name}_t.weight", (n_embd, n_ff, *experts), kind, made)
 
@@ -60,23 +61,3 @@ def _kind(tensors: Tensors, name: str) -> str:
             f"supported: {', '.join(GROUPS)}"
         )
     return kind
-
-
-def _run(walker: int, kernel: int, fields: dict[str, int], places: list[tuple[int, int]], n_threads: int) -> None:
-    """Walk a tape of a row for each matrix. fields: of all; places: addresses of each, and of its transpose."""
-    need = 32 * fields["k"] * 4 + 64
-    scratch, done = aligned(n_threads * need), aligned(64, zero=True)
-    fields |= {"scratch": scratch.ctypes.data, "scratch_bytes": need, "done": done.ctypes.data}
-    size = -(-len(Transpose) // 8) * 8  # whole cache lines
-    records = aligned(len(places) * size * 8, zero=True).view(np.int64).reshape(-1, size)
-    rows = np.zeros((len(places), len(Row)), np.int64)
-    for record, row, (w, out) in zip(records, rows, places, strict=True):
-        for name, value in (fields | {"w": w, "out": out}).items():
-            record[getattr(Transpose, name) // 8] = value
-        row[:2] = kernel, record.ctypes.data
-    rows[-1, Row.barrier // 8] = 1
-    pool = ThreadPool(walker, n_threads)
-    try:
-        pool.run(rows.ctypes.data, len(rows), 0)
-    finally:
-        pool.close()

@@ -14,6 +14,7 @@ from ..formats.config import ModelConfig
 from ..formats.errors import ClosedError, ParameterError, UnsupportedError
 from ..formats.gguf import GGUFFile
 from ..formats.section import Section, find_section
+from .bands import add_bands, check_load
 from .cpu.layout import KV_BLOCK, ROWS_MAX, TILE_MIN
 from .cpu.threads import default_threads
 from .decoder import Split, build
@@ -74,8 +75,10 @@ class Engine:
         lookup: bool = False,
         trace: Trace | None = None,
         lora: Wanted = (),
+        load: str = "auto",
         progress: Callable[[str], None] | None = None,
     ) -> None:
+        self._load = check_load(load)
         if n_threads is not None:
             n_threads = check_int("n_threads", n_threads, 1, MAX_THREADS)
         if n_ctx is not None:
@@ -156,6 +159,7 @@ class Engine:
         return HybridExecutor(segments, cpu, gpu, computed, trace)
 
     def _lower(self, graph: Graph, progress: Callable[[str], None] | None) -> CPUExecutor:
+        add_bands(graph, self._tensors, self._load, self.n_threads, self.cache.nbytes, progress)
         return CPUExecutor(
             graph,
             self._tensors,

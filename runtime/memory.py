@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 ALIGNMENT = 64  # a cache line, and the widest vector
+LARGE_PAGE = 2 << 20
 _SLACK = 64  # kernels may read (never write) one vector past the end
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -18,6 +20,17 @@ def aligned(nbytes: int, zero: bool = False) -> np.ndarray:
     make = np.zeros if zero else np.empty
     raw = make(nbytes + ALIGNMENT + _SLACK, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes]
+
+
+def large_pages(nbytes: int) -> np.ndarray:
+    """A uint8 array of zeros in pages of 2 MiB, where the system has them; untouched pages cost no memory."""
+    memory = mmap.mmap(-1, nbytes + LARGE_PAGE + _SLACK)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(memory, np.uint8)
+    start = -raw.ctypes.data % LARGE_PAGE
     return raw[start : start + nbytes]
 
 

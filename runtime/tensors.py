@@ -22,6 +22,7 @@ class Tensors:
     def __init__(self, *files: GGUFFile) -> None:
         self.files = files
         self._made: dict[str, _Made] = {}
+        self._bands: dict[str, np.ndarray] = {}
 
     def add(self, name: str, shape: tuple[int, ...], kind: GGMLType, data: np.ndarray) -> None:
         """Add a tensor that is in no file: shape in ggml order, data uint8 (bytes,)."""
@@ -30,6 +31,14 @@ class Tensors:
     def drop(self, name: str) -> None:
         """Forget an added tensor."""
         del self._made[name]
+
+    def add_bands(self, name: str, data: np.ndarray) -> None:
+        """Add a copy of a matrix in bands (cpu/weave.py), uint8 (bytes,)."""
+        self._bands[name] = data
+
+    def bands(self, name: str) -> int | None:
+        """Memory address of a matrix' bands, None where it has none."""
+        return int(self._bands[name].ctypes.data) if name in self._bands else None
 
     def __contains__(self, name: str) -> bool:
         return name in self._made or any(name in file for file in self.files)
@@ -45,6 +54,11 @@ class Tensors:
     def data(self, name: str) -> np.ndarray:
         """The bytes, uint8; read-only if mapped."""
         return self._made[name].data if name in self._made else self._file(name).data(name)
+
+    def release(self, name: str) -> None:
+        """Let the memory go that holds a mapped tensor's bytes; they are read from the file again when wanted."""
+        if name not in self._made:
+            self._file(name).release(name)
 
     def dequantized(self, name: str) -> np.ndarray:
         """A float32 copy in NumPy order; of tensors made at load, only plain float32 ones."""

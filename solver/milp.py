@@ -169,7 +169,9 @@ def check(solver: str) -> None:
     if find_spec("mip") is None:
         raise UnsupportedError("placing neurons needs python-mip: pip install 'hotcold[cuda]'")
     if solver == "highs" and not (find_spec("highspy") or find_spec("highsbox")):
-        raise UnsupportedError("the solver highs is not installed: pip install highspy, or use cbc")
+        raise UnsupportedError("the solver highs is not installed: pip install 'highspy<1.16', or use cbc")
+    if solver == "highs" and not import_module("mip.highs").has_highs:
+        raise UnsupportedError("python-mip cannot call this version of highs: pip install 'highspy<1.16', or use cbc")
 
 
 def _optimize(model: Any, time_limit: float) -> Any:

@@ -6,6 +6,7 @@ CUDA kernels run in Numba's simulator, unless HOTCOLD_TEST_GPU is set: then on t
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if not os.environ.get("HOTCOLD_TEST_GPU"):
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    # A run in the background of a shell begins with Ctrl-C ignored, and some tests press it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cache = getattr(config, "cache", None)  # -p no:cacheprovider
     if cache is not None:
         os.environ.setdefault("HOTCOLD_KERNEL_CACHE", str(cache.mkdir("hotcold-kernels")))

@@ -10,6 +10,7 @@ from ..graph import Graph, memory_of
 from ..memory import aligned
 from ..tensors import Tensors
 from .layout import (
+    BLOCK_BYTES,
     KV_BLOCK,
     PANEL_ROWS,
     PANEL_TOKENS,
@@ -52,6 +53,7 @@ class Buffers:
         n_pairs = sizes["tokens"] * config.n_expert_used
         self.positions = n_pairs + min(n_pairs, config.n_expert) * (PANEL_TOKENS - 1)
         self.by_pair: set[str] = set()  # values with a row for each position
+        self.by_blocks: set[str] = set()  # values that bands meet
         self.kinds: dict[str, set[str]] = {}
         self.pair_kinds: dict[str, set[str]] = {}  # of weights that meet pairs
         for node in self.nodes:
@@ -59,6 +61,9 @@ class Buffers:
                 self.by_pair.update(memory_of(name) for name in node.writes)
             if node.op in MATMULS:
                 value, kind = memory_of(node.reads[0]), self.kind(node.weight)
+                if node.op == "matmul" and tensors.bands(node.weight) is not None:
+                    self.by_blocks.add(value)
+                    continue
                 self.kinds.setdefault(value, set()).add(kind)
                 if node.op == "experts":
                     self.pair_kinds.setdefault(value, set()).add(kind)
@@ -100,7 +105,18 @@ class Buffers:
                     if key not in self.arrays:
                         self.arrays[key] = aligned(nbytes, zero=True)
                     out[name] = self.arrays[key].ctypes.data
+        if value in self.by_blocks and not pairs:
+            key = f"{value}.xb"
+            if key not in self.arrays:
+                self.arrays[key] = aligned(self.sizes["tokens"] * self.widths[value] // 32 * BLOCK_BYTES)
+            out["xb"] = self.arrays[key].ctypes.data
         return out
+
+    def claims(self, op: int, n_threads: int) -> int:
+        """Address of the words of an op's regions, a cache line each (take_near in tape.py)."""
+        key = f"claims.{op}"
+        self.arrays[key] = aligned(64 * n_threads, zero=True)
+        return int(self.arrays[key].ctypes.data)
 
     def vector(self, tensor: str) -> int:
         """Address of a float32 vector (norm weights, biases); other float types are converted once."""

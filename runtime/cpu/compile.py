@@ -32,6 +32,8 @@ FAMILIES = {
     "activate": "pack",
     "matmul": "matmul",
     "matmul_t": "matmul_t",
+    "bands": "bands",
+    "weave": "weave",
     "select": "select",
     "rows": "rows",
     "down": "down",

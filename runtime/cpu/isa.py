@@ -22,6 +22,11 @@ class Level:
     needs: frozenset[str]
     x86_only: bool = True
 
+    @property
+    def lanes(self) -> int:
+        """32-bit numbers in a vector, which is also the number of rows in a band of weights."""
+        return self.vector_bytes // 4
+
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 LEVELS = {

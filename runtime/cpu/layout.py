@@ -1,6 +1,9 @@
 """Sizes and argument records that kernels and the Python side share; imports no Numba.
 
-Activations reach a matmul *packed* in one of two ways, rows in steps of fewer than Step.tile_min tokens:
+Activations reach a product with bands (band_vectors.py) *packed* in blocks (xb), whatever the number of tokens: for each
+BAND_TILE of them [k / 32][tokens], and a block has 32 int8 quants, their float32 scale, float32 scaled sum, and int32
+negated sums of the first and the last 16 quants. They reach other matmuls in one of two ways, rows in steps of fewer
+than Step.tile_min tokens:
 
 rows   for each token: int8 quants [k] (xq), float32 scales [k / 32] (xd), scaled quant sums by 16 weights [k / 16] (xn)
        and by 32 [k / 32] (xs); and for kernels of single rows, for every 4 weights one lane of float32 scale (ld), of
@@ -51,15 +54,22 @@ PANEL_ROWS = 16  # most weight rows in a register tile
 PEAK_TILE = {64: 12, 32: 8}  # by vector width, accumulators of the measurement of the dot-product unit
 PEAK_BYTES = 4096  # that it multiplies, over and over
 KV_BLOCK = 32  # tokens in a block of the KV cache
+BAND_TILE = 32  # tokens that share a reading of a band
+BLOCK_BYTES = 48  # of 32 activations, packed in blocks
+REGION_CHUNKS = 65535  # most chunks of a thread's region
 QUERY_TILE = 8  # query tokens that share one pass over the KV cache
 
-ARRAYS = tuple("xq xd xn xs ld ln ls xf".split())  # of a packed value
+ARRAYS = tuple("xq xd xn xs ld ln ls xf".split())  # of a value packed in rows or panels
 _ARRAYS = " ".join(ARRAYS)
-_PACKED = f"{_ARRAYS} quantised floats"
+_PACKED = f"{_ARRAYS} xb quantised floats"
 MatMul = arguments(
     "MatMul",
     f"w out bias k n row_bytes out_stride count add {_ARRAYS} chunk panels scratch scratch_bytes routing items pairs",
 )
+Bands = arguments(
+    "Bands", "w out bias k n band_bytes out_stride count add xb chunk large regions claims scratch scratch_bytes"
+)
+Weave = arguments("Weave", "w out k n scratch scratch_bytes")
 Pack = arguments("Pack", f"src second k stride count segment threshold scores cut choice routing pairs {_PACKED}")
 Route = arguments("Route", "src n n_used weights_norm here heat routing items pairs slots weights spare")
 Combine = arguments("Combine", "src out n n_used segment add slots weights")
@@ -80,7 +90,7 @@ Attention = arguments(
 
 
 def packed_bytes(k: int, tokens: int, quantised: bool, rows: int = ROWS_MAX) -> dict[str, int]:
-    """Bytes of each packed array for up to `tokens` tokens of k activations (k a multiple of 32 if quantised).
+    """Bytes of each array but xb, for up to `tokens` tokens of k activations (k a multiple of 32 if quantised).
 
     rows: the most tokens that are packed as rows.
     """

@@ -11,14 +11,16 @@ from ..graph import Graph, Node, memory_of
 from ..kv_cache import KVCache
 from ..sparsity import gate_range
 from ..tensors import Tensors
-from . import jit
+from . import isa, jit
 from .assemble import Assembly, Tape
 from .buffers import CHUNK_BYTES, GROUPS, PANEL_CACHE, SEGMENT, Buffers, t_panels
 from .layout import (
     ARRAYS,
     PANEL_ROWS,
+    REGION_CHUNKS,
     AddParts,
     Attention,
+    Bands,
     Down,
     Embed,
     MatMul,
@@ -171,6 +173,8 @@ class _Lowering:
         self.emit_pack(f"activate:{node.function}", node, node.reads, node.writes, **fields)
 
     def matmul(self, node: Node) -> None:
+        if (bands := self.tensors.bands(node.weight)) is not None:
+            return self.bands(node, bands)
         kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
         k, n = info.shape[0], info.n_rows
         source, packed = self.packed(node)
@@ -195,6 +199,36 @@ class _Lowering:
             panels=panels,
             **self.buffers.scratch(),
             **packed,
+        )
+
+    def bands(self, node: Node, address: int) -> None:
+        """A matmul whose weights are in bands."""
+        kind, info = self.buffers.kind(node.weight), self.tensors.info(node.weight)
+        source, _ = self.packed(node)
+        lanes = isa.LEVELS[isa.choose()].lanes
+        band_bytes, n_bands = lanes * info.row_size, -(-info.n_rows // lanes)
+        chunk = min(-(-CHUNK_BYTES // band_bytes), n_bands // (self.n_threads * 8))
+        self.emit(
+            f"bands:{kind}",
+            Bands,
+            node,
+            (source, *node.reads[1:]),
+            node.writes,
+            w=address,
+            out=self.buffers.floats(node.writes[0]),
+            bias=self.buffers.vector(node.bias) if node.bias else 0,
+            k=info.shape[0],
+            n=info.n_rows,
+            band_bytes=band_bytes,
+            out_stride=info.n_rows,
+            count=self.count(node),
+            add=int(node.adds),
+            xb=self.buffers.packed(node.reads[0])["xb"],
+            chunk=max(chunk, 1, -(-n_bands // REGION_CHUNKS)),
+            large=max(1, min(8, n_bands // (self.n_threads * 4))),
+            regions=self.n_threads,
+            claims=self.buffers.claims(len(self.assembly.ops), self.n_threads),
+            **self.buffers.scratch(),
         )
 
     def matmul_t(self, node: Node) -> None:

@@ -100,7 +100,7 @@ def build(family: str, variant: str) -> Any:
                 for i in range(k):
                     at = out + (t * k + i) * 4
                     put_f32(at, f32_at(y + i * 4) + (f32_at(at) if add != 0 else 0.0))
-            pack_span(y, 0, k, k, t, as_rows, to_arrays)
+            pack_span(y, 0, k, k, t, n_tok, as_rows, to_arrays)
             finish(args)
         return n_tok
 

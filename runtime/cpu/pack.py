@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .layout import Choice, Pack, Routing, Step
-from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, store, store_dwords
+from .layout import BAND_TILE, BLOCK_BYTES, Choice, Pack, Routing, Step
+from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, put_i32, store, store_dwords
 from .products import TOKENS
 from .simd import hmax, hsum, narrow_i8, part, round_to_i32, splat_f32, splat_i32, to_f32, vabs, where_less
 from .tape import finish, take
@@ -15,6 +15,7 @@ from .vmath import gate
 from .weights import inline
 
 _tokens = TOKENS
+_tile, _block_bytes = BAND_TILE, BLOCK_BYTES
 
 
 @inline
@@ -35,17 +36,37 @@ def arrays(args_of: Any) -> Any:
         xq, xd = i64_at(args + args_of.xq), i64_at(args + args_of.xd)
         xn, xs, xf = i64_at(args + args_of.xn), i64_at(args + args_of.xs), i64_at(args + args_of.xf)
         ld, ln, ls = i64_at(args + args_of.ld), i64_at(args + args_of.ln), i64_at(args + args_of.ls)
+        xb = i64_at(args + args_of.xb)
         quantised, floats = i64_at(args + args_of.quantised), i64_at(args + args_of.floats)
-        return xq, xd, xn, xs, ld, ln, ls, xf, quantised, floats
+        return xq, xd, xn, xs, ld, ln, ls, xf, xb, quantised, floats
 
     return load
 
 
 @inline
-def pack_span(src, begin, end, k, t, rows, to):
-    """Pack activations begin..end of token t, read from `src` (the address of activation 0), into rows or panels."""
-    xq, xd, xn, xs, ld, ln, ls, xf, quantised, floats = to
+def pack_blocks(src, begin, end, k, t, n_tok, xb):
+    """Pack activations begin..end of token t of n_tok into blocks."""
+    first = t // _tile * _tile
+    count = min(_tile, n_tok - first)
+    for i in range(begin, end, 32):
+        q, scale = quantise(src + i * 4)
+        sums = dot4(splat_i32(0, 8), narrow_i8(splat_i32(1, 32)), q, False)
+        low, high = hsum(part(sums, 0, 4)), hsum(part(sums, 4, 4))
+        to = xb + (first * (k // 32) + i // 32 * count + t - first) * _block_bytes
+        store(to, q)
+        put_f32(to + 32, scale)
+        put_f32(to + 36, scale * (low + high))
+        put_i32(to + 40, -low)
+        put_i32(to + 44, -high)
+
+
+@inline
+def pack_span(src, begin, end, k, t, n_tok, rows, to):
+    """Pack activations begin..end of token t of n_tok, read from `src` (the address of activation 0), as is wanted."""
+    xq, xd, xn, xs, ld, ln, ls, xf, xb, quantised, floats = to
     panel, lane = t // _tokens, t % _tokens
+    if xb != 0:
+        pack_blocks(src, begin, end, k, t, n_tok, xb)
     if quantised != 0:
         for i in range(begin, end, 32):
             q, scale = quantise(src + i * 4)
@@ -167,7 +188,7 @@ def build(family: str, variant: str) -> Any:
                     mask = score + at if score != 0 else 0
                     put_f32(row + at, hsum(neurons(row + at, up, mask, cut + at, threshold, 1)))
                     i += 1
-            pack_span(row, begin, end, k, t, as_rows, to)
+            pack_span(row, begin, end, k, t, n_tok, as_rows, to)
             finish(args)
         return n_chunks
 

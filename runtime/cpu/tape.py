@@ -36,6 +36,38 @@ def take(args, turn, n):
 
 
 @inline
+def take_near(args, turn, n, ith, place):
+    """The same for work that is read in order: each thread has a region of its own, and then helps others from behind.
+
+    Two threads that take turns along one stream would each fetch ahead what the other will read. place: address of
+    the number of regions and of their words, a cache line each: the turn above bit 32, chunks taken from behind above
+    bit 16, from the front below. A word of an older turn stands for an untouched region.
+    """
+    regions, claims = i64_at(place), i64_at(place + 8)
+    own = ith % regions
+    for i in range(regions):
+        r = own + i
+        if r >= regions:
+            r -= regions
+        begin, end, word = n * r // regions, n * (r + 1) // regions, claims + r * 64
+        while True:
+            value = atomic_get(word)
+            age = ((turn - (value >> 32)) << 32) >> 32  # turns are 32 bits wide and wrap
+            if age < 0:
+                return -1
+            used = value & 0xFFFFFFFF if age == 0 else 0
+            front, back = used & 0xFFFF, used >> 16
+            if begin + front >= end - back:
+                break
+            if i == 0:
+                if atomic_swap(word, value, (turn << 32) | (used + 1)):
+                    return begin + front
+            elif atomic_swap(word, value, (turn << 32) | (used + 0x10000)):
+                return end - back - 1
+    return -1
+
+
+@inline
 def finish(args):
     """Count a chunk as finished; its results are visible to whoever sees the count."""
     atomic_add(i64_at(args + 8), 1)

@@ -43,13 +43,18 @@ class Plain:
     n_bytes: int
     quants: Any  # (p) -> 32 unsigned bytes
     pair: Any  # (p, q) -> 64 unsigned bytes of the blocks at p and q
+    bits: int  # of a quant
     offset: int = 0
-    big: bool = False  # quants may exceed 127
     nibbles: int = 0  # where the block's quants are just 16 bytes of nibbles: their place
 
     @property
     def has_min(self) -> bool:
         return self.offset == 0
+
+    @property
+    def big(self) -> bool:
+        """Quants may exceed 127."""
+        return self.bits == 8
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,18 @@ class Super:
     quants: Any  # (p, half): 128 weights of one half as 4 vectors of 32 unsigned bytes
     scales: Any  # (p) -> f32 lanes, 256 // group of them
     minima: Any  # (p) -> likewise, or None
+    bits: int  # of a quant
+    places: tuple[int, int, int, int]  # of the sub-blocks' scales: their place, bytes; of float16 factors: place, count
     offset: int = 0
-    big: bool = False
 
     @property
     def has_min(self) -> bool:
         return self.offset == 0
+
+    @property
+    def big(self) -> bool:
+        """Quants may exceed 127."""
+        return self.bits == 8
 
 
 # --- plain types ---------------------------------------------------------------------------------------------------
@@ -232,21 +243,21 @@ def _q3_k_scales(p):
 PLAIN = {
     t.name: t
     for t in (
-        Plain("Q4_0", 18, _q4_0, _q4_0_pair, offset=8, nibbles=2),
-        Plain("Q4_1", 20, _q4_1, _q4_1_pair, nibbles=4),
-        Plain("Q5_0", 22, _q5_0, _q5_0_pair, offset=16),
-        Plain("Q5_1", 24, _q5_1, _q5_1_pair),
-        Plain("Q8_0", 34, _q8_0, _q8_0_pair, offset=128, big=True),
+        Plain("Q4_0", 18, _q4_0, _q4_0_pair, 4, offset=8, nibbles=2),
+        Plain("Q4_1", 20, _q4_1, _q4_1_pair, 4, nibbles=4),
+        Plain("Q5_0", 22, _q5_0, _q5_0_pair, 5, offset=16),
+        Plain("Q5_1", 24, _q5_1, _q5_1_pair, 5),
+        Plain("Q8_0", 34, _q8_0, _q8_0_pair, 8, offset=128),
     )
 }
 SUPER = {
     t.name: t
     for t in (
-        Super("Q2_K", 84, 16, _q2_k, _q2_k_scales, _q2_k_minima),
-        Super("Q3_K", 110, 16, _q3_k, _q3_k_scales, None, offset=4),
-        Super("Q4_K", 144, 32, _q4_k, _q45_scales, _q45_minima),
-        Super("Q5_K", 176, 32, _q5_k, _q45_scales, _q45_minima),
-        Super("Q6_K", 210, 16, _q6_k, _q6_k_scales, None, offset=32),
+        Super("Q2_K", 84, 16, _q2_k, _q2_k_scales, _q2_k_minima, 2, (0, 16, 80, 2)),
+        Super("Q3_K", 110, 16, _q3_k, _q3_k_scales, None, 3, (96, 12, 108, 1), offset=4),
+        Super("Q4_K", 144, 32, _q4_k, _q45_scales, _q45_minima, 4, (4, 12, 0, 2)),
+        Super("Q5_K", 176, 32, _q5_k, _q45_scales, _q45_minima, 5, (4, 12, 0, 2)),
+        Super("Q6_K", 210, 16, _q6_k, _q6_k_scales, None, 6, (192, 16, 208, 1), offset=32),
     )
 }
 FLOAT = {"F32": 4, "F16": 2, "BF16": 2}  # bytes a weight
