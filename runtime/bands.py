@@ -6,6 +6,7 @@ time to read them; it is read in order, in pages of 2 MiB, by kernels that serve
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 from ..formats.errors import ParameterError
@@ -66,8 +67,7 @@ def add_bands(
         needs = f"a copy of the weights takes {total / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
         if load == "copy":
             raise ParameterError(f"load: got copy, but {needs}; use mmap")
-        if progress:
-            progress(f"weights are read from the mapped file, which is slower: {needs}")
+        warnings.warn(f"weights are read from the mapped file, which is slower: {needs}", stacklevel=2)
         return
     kinds = {name: tensors.info(name).type.name for name in names}
     kernels = jit.load(["walk", *sorted({f"weave:{kind}" for kind in kinds.values()})], progress=progress)

@@ -191,9 +191,7 @@ class Completions:
         or {"type": "json_object", "schema": ...}. other: n, stream_options, parallel_tool_calls, max_completion_tokens,
         schema, regex (see `open_chat`).
         """
-        check_other(
-            other, ("n", "stream_options", "parallel_tool_calls", "max_completion_tokens", "schema", "regex")
-        )
+        check_other(other, ("n", "stream_options", "parallel_tool_calls", "max_completion_tokens", "schema", "regex"))
         reply = self.open_chat(
             **other, messages=_given(messages, "messages"), tools=tools, tool_choice=tool_choice, stop=stop, seed=seed,
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, typical_p=typical_p, stream=stream,

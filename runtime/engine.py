@@ -54,11 +54,11 @@ class Engine:
     model: a path or an open GGUFFile (which the engine then owns). n_ctx: tokens a sequence may hold; default the
     model's own, less where memory is short. n_threads: default, the cores of this process. sparsity: auto, dense,
     exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
-    the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time. lookup: guessed tokens
-    are evaluated too. With this or with several sequences, single tokens of quantised weights go by strips
-    (cpu/strips.py), which serve many at little cost, are slower for one, and round otherwise. placement: what runs on
+    the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time. placement: what runs on
     the GPU; without one, all runs on the CPU. trace: notes what ran when. lora: adapters (GGUF) as paths or pairs
-    (path, scale), added to the matrices that they name; on the CPU alone. progress: called with a line while kernels
+    (path, scale), added to the matrices that they name; on the CPU alone. load: copy quantised matrices into memory in
+    the form that kernels like best (copy), read them where the file is mapped (mmap), or copy if memory allows (auto):
+    bands.py. progress: called with a line while kernels
     compile. Not thread-safe: one call at a time.
     """
 
@@ -72,7 +72,6 @@ class Engine:
         use_section: bool = True,
         placement: Placement | None = None,
         n_parallel: int = 1,
-        lookup: bool = False,
         trace: Trace | None = None,
         lora: Wanted = (),
         load: str = "auto",
@@ -89,7 +88,6 @@ class Engine:
         self.file = model if isinstance(model, GGUFFile) else GGUFFile(model)
         self.section: Section | None = None
         self.closed = False
-        self._strips = n_parallel > 1 or lookup
         try:
             self.config = ModelConfig.from_gguf(self.file)
             self.n_ctx = n_ctx or default_context(self.config, n_parallel)
@@ -170,7 +168,6 @@ class Engine:
             MICRO_BATCH,
             MAX_OUTPUTS,
             progress,
-            self._strips,
         )
 
     @property

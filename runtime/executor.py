@@ -30,7 +30,7 @@ Batch = Seq[tuple[Sequence, np.ndarray]]
 class CPUExecutor:
     """Lowers a graph once and runs it for any batch of up to max_tokens tokens, max_outputs of them with logits.
 
-    strips: compute single tokens by strips. tape: what it walks; steps: how often it has. tokens: the step's ids,
+    tape: what it walks; steps: how often it has. tokens: the step's ids,
     positions, slots and out_rows, int32 [4, max_tokens].
     """
 
@@ -45,7 +45,6 @@ class CPUExecutor:
         max_tokens: int,
         max_outputs: int,
         progress: Progress | None = None,
-        strips: bool = False,
     ) -> None:
         self.ropes = rope_tables(config, n_ctx, tensors)
         sizes = {"tokens": max_tokens, "outputs": max_outputs}
@@ -62,7 +61,6 @@ class CPUExecutor:
         self._tiles = np.zeros((max_tokens, 3), np.int32)
         self._tables = np.zeros(max_tokens, np.int64)
         self._step = np.zeros(len(Step), np.int64)
-        self._step[Step.strips // 8] = strips
         for name, array in zip(("ids", "positions", "slots", "out_rows"), self.tokens, strict=True):
             self._step[getattr(Step, name) // 8] = array.ctypes.data
         self._step[Step.tiles // 8] = self._tiles.ctypes.data

@@ -153,7 +153,7 @@ class _Reader:
         digits = self.text[self.at : self.at + _HEX.get(kind, 0)]
         self.at += len(digits)
         if not digits or len(digits) < _HEX[kind] or not re.fullmatch("[0-9a-fA-F]+", digits):
-            raise self.error("an escape: \\n \\r \\t \\\\ \\\" \\[ \\] \\xHH \\uHHHH or \\UHHHHHHHH")
+            raise self.error('an escape: \\n \\r \\t \\\\ \\" \\[ \\] \\xHH \\uHHHH or \\UHHHHHHHH')
         code = int(digits, 16)
         if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
             raise self.error("a character of Unicode")

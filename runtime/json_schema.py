@@ -120,8 +120,10 @@ def _narrowed(node: Any, name: str, close: bool) -> Any:
     for side in (1, -1):
         _narrow_bounds(found, side, name)
     properties, required = found.get("properties"), found.get("required", [])
-    lists_all = isinstance(properties, Mapping) and isinstance(required, list) and all(
-        isinstance(member, str) and member in properties for member in required
+    lists_all = (
+        isinstance(properties, Mapping)
+        and isinstance(required, list)
+        and all(isinstance(member, str) and member in properties for member in required)
     )
     if close and lists_all and not {"additionalProperties", "unevaluatedProperties", "minProperties"} & set(found):
         found["additionalProperties"] = False

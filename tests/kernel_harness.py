@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from hotcold.runtime.cpu import isa, jit
-from hotcold.runtime.cpu.layout import PANEL_TOKENS, TILE_MIN, Choice, Pack, Row, Step, packed_bytes
+from hotcold.runtime.cpu.layout import BLOCK_BYTES, PANEL_TOKENS, TILE_MIN, Choice, Pack, Row, Step, Weave, packed_bytes
 from hotcold.runtime.cpu.threads import ThreadPool
 from hotcold.runtime.memory import aligned
 
@@ -28,6 +28,7 @@ KERNELS = [
     *("route", "combine"),
     *(f"{family}:{name}" for family in ("activate", "rows:F32") for name in naive.ACTIVATIONS),
     *(f"{family}:{kind}" for family in ("matmul", "embed", "rows", "down", "matmul_t", "experts") for kind in TYPES),
+    *(f"{family}:{kind}" for family in ("weave", "bands") for kind in QUANTS),
 ]
 _GUARD = 256  # bytes on each side of a buffer
 _SLOTS = 32  # int64 slots of an argument record, as the engine has them
@@ -45,9 +46,14 @@ _SCALES = {
 
 
 @lru_cache
-def kernels(level: str) -> dict[str, int]:
-    """Addresses of all kernels at a level; those that the cache lacks are compiled side by side."""
-    return jit.load(KERNELS, level)
+def _family(level: str, family: str) -> dict[str, int]:
+    """Addresses of a family's kernels at a level; those that the cache lacks are compiled side by side."""
+    return jit.load([name for name in KERNELS if name.partition(":")[0] == family], level)
+
+
+def kernel(level: str, name: str) -> int:
+    """Address of a kernel."""
+    return _family(level, name.partition(":")[0])[name]
 
 
 class Buffer:
@@ -97,7 +103,6 @@ class Tape:
     """Ops, and the threads that walk them; use with `with`. The last op must have a barrier."""
 
     def __init__(self, level: str, ops: list[Op], n_threads: int = 1) -> None:
-        found = kernels(level)
         self._scratch = aligned(n_threads * SCRATCH)
         self._scratch[:] = 0xFF
         self._records = aligned(len(ops) * _SLOTS * 8, zero=True).view(np.int64).reshape(-1, _SLOTS)
@@ -105,15 +110,15 @@ class Tape:
         self._rows = np.zeros((len(ops), len(Row)), np.int64)
         self._ops = ops
         segment = 0
-        for i, (kernel, layout, fields, when, want, barrier) in enumerate(ops):
+        for i, (name, layout, fields, when, want, barrier) in enumerate(ops):
             fields = {"done": self._done.ctypes.data + 64 * segment, **fields}
             if hasattr(layout, "scratch"):
                 fields = {"scratch": self._scratch.ctypes.data, "scratch_bytes": SCRATCH, **fields}
-            for name, value in fields.items():
-                self._records[i, getattr(layout, name) // 8] = _slot(value)
-            self._rows[i] = found[kernel], self._records[i].ctypes.data, barrier, _slot(when), want, 0
+            for field, value in fields.items():
+                self._records[i, getattr(layout, field) // 8] = _slot(value)
+            self._rows[i] = kernel(level, name), self._records[i].ctypes.data, barrier, _slot(when), want, 0
             segment += barrier
-        self._pool = ThreadPool(found["walk"], n_threads)
+        self._pool = ThreadPool(kernel(level, "walk"), n_threads)
 
     def walk(self, **step: Any) -> None:
         """One step with the given fields of its record."""
@@ -160,6 +165,21 @@ def some(n: int, count: int, rng: np.random.Generator) -> Array:
 
 
 # --- activations ---------------------------------------------------------------------------------------------------
+
+
+def packed_blocks(k: int, n_tok: int) -> dict[str, Any]:
+    """Fields of an op that packs n_tok tokens of k activations in blocks."""
+    return {"xb": Buffer(np.zeros(n_tok * k // 32 * BLOCK_BYTES, np.uint8)), "quantised": 0, "floats": 0}
+
+
+def woven(level: str, kind: str, raw: Array) -> Array:
+    """Raw rows, uint8 (n, bytes of a row), in bands."""
+    n, row_bytes = raw.shape
+    lanes = isa.LEVELS[level].lanes
+    out = Buffer(np.zeros(-(-n // lanes) * lanes * row_bytes, np.uint8))
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    run(level, Op(f"weave:{kind}", Weave, {"w": Buffer(raw), "out": out, "k": row_bytes // size * block, "n": n}))
+    return out.array
 
 
 def packed(k: int, n_tok: int, quantised: bool, floats: bool) -> dict[str, Any]:

@@ -80,6 +80,7 @@ class Ours:
         gpu: GPUOptions,
         stack: ExitStack,
         lora: list[tuple[Path, float]],
+        load: str,
     ) -> None:
         from ..runtime.engine import Engine  # imported before the clock starts, as the peer's library is
         from ..runtime.limits import Reader, bytes_outside_ffn, reader_of
@@ -99,6 +100,7 @@ class Ours:
                 placement=placement,
                 trace=trace,
                 lora=lora,
+                load=load,
                 progress=status,
             )
 
@@ -237,6 +239,7 @@ def bench(
     cold: options.Cold = "auto",
     trace: options.TraceFile = None,
     lora: options.Lora = None,
+    load: options.Load = "auto",
     against: Peer = None,
     peer_python: PeerPython = None,
     as_json: options.AsJson = False,
@@ -248,7 +251,7 @@ def bench(
     n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
     with ExitStack() as stack:
         wanted, adapters = GPUOptions(vram_budget, require_gpu, cold, trace), options.adapters(lora)
-        ours = Ours(path, n_ctx, threads, sparsity, wanted, stack, adapters)
+        ours = Ours(path, n_ctx, threads, sparsity, wanted, stack, adapters, load)
         n_vocab, used = ours.engine.n_vocab, ours.engine.n_threads
         _warn_if_busy()
         sides: list[Side] = [ours]

@@ -47,6 +47,7 @@ def chat(
     lora: options.Lora = None,
     prompt_cache: options.PromptCache = None,
     lookup: options.Lookup = 0,
+    load: options.Load = "auto",
 ) -> None:
     """Chat with a model, or answer what is piped in."""
     interactive = sys.stdin.isatty()
@@ -56,7 +57,7 @@ def chat(
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
     adapters = options.adapters(lora)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup) as llm:
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup, load=load) as llm:
         if "repeat_penalty" not in llm.config.sampling:
             chosen.setdefault("repeat_penalty", REPEAT_PENALTY)
         talk = Conversation(llm, model, system, chosen, n_predict)

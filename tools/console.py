@@ -170,6 +170,7 @@ def open_engine(
     sparsity: str = "auto",
     use_section: bool = True,
     lora: Sequence[tuple[Path, float]] = (),
+    load: str = "auto",
 ) -> Iterator[Engine]:
     """The bare engine on the model `name`, as open_llm does it."""
     path = find_model(name)
@@ -184,6 +185,7 @@ def open_engine(
             sparsity=sparsity,
             use_section=use_section,
             lora=lora,
+            load=load,
             progress=status,
         ) as engine:
             status.clear()

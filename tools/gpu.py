@@ -67,7 +67,7 @@ def open_llm(
 ) -> Iterator[LLM]:
     """The model `name` (pulled if need be), its loading and first compilation shown on stderr.
 
-    serving: LLM's n_parallel, n_queue, lookup.
+    serving: LLM's other arguments.
     """
     path = find_model(name)
     status, gpu = StatusLine(), gpu or GPUOptions()

@@ -56,6 +56,10 @@ PromptCache = Annotated[
     Path | None,
     Option("--prompt-cache", metavar="FILE", help="Keep here what prompts begin with, for runs to come."),
 ]
+Load = Annotated[
+    str,
+    Option("--load", metavar="HOW", help="Weights: copy into memory for speed, mmap (left in the file), auto."),
+]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 Prompt = Annotated[str | None, Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads stdin.")]

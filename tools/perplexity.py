@@ -27,11 +27,12 @@ def perplexity(
     threads: options.Threads = None,
     sparsity: options.Sparsity = "auto",
     lora: options.Lora = None,
+    load: options.Load = "auto",
     as_json: options.AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text."""
     text = textfile.read_text(encoding="utf-8", errors="replace")
-    with console.open_engine(model, ctx, threads, sparsity, True, options.adapters(lora)) as engine:
+    with console.open_engine(model, ctx, threads, sparsity, True, options.adapters(lora), load=load) as engine:
         from ..formats.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(engine.file)

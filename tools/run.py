@@ -57,6 +57,7 @@ def run(
     lora: options.Lora = None,
     prompt_cache: options.PromptCache = None,
     lookup: options.Lookup = 0,
+    load: options.Load = "auto",
     timings: Timings = False,
 ) -> None:
     """Complete a prompt, or answer it (--chat)."""
@@ -69,7 +70,7 @@ def run(
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
     adapters = options.adapters(lora)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup) as llm:
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup, load=load) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})

@@ -65,6 +65,7 @@ def serve(
     cold: options.Cold = "auto",
     lookup: options.Lookup = 0,
     lora: options.Lora = None,
+    load: options.Load = "auto",
     grace: Grace = 30.0,
     cors: Cors = None,
     alias: Alias = None,
@@ -80,7 +81,7 @@ def serve(
 
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold)
     adapters = options.adapters(lora)
-    more: dict[str, Any] = {"n_parallel": parallel, "n_queue": queue, "lookup": lookup}
+    more: dict[str, Any] = {"n_parallel": parallel, "n_queue": queue, "lookup": lookup, "load": load}
 
     def loader(model: str) -> Callable[[], AbstractContextManager[LLM]]:
         return lambda: gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, **more)

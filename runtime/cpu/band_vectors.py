@@ -90,9 +90,7 @@ def _pairs(b, us, address, first, count, bits):
     for start in range(first, first + count, together):
         held = None
         for i in range(start, min(start + together, first + count)):
-            product = call(
-                b, "llvm.x86.avx2.pmadd.ub.sw", shorts, b.extract_value(us, i), _four_bytes(b, address, i)
-            )
+            product = call(b, "llvm.x86.avx2.pmadd.ub.sw", shorts, b.extract_value(us, i), _four_bytes(b, address, i))
             held = product if held is None else b.add(held, product)
         wide = call(b, "llvm.x86.avx2.pmadd.wd", ints, held, const(I16, [1] * (WIDE // 2)))
         total = wide if total is None else b.add(total, wide)

@@ -29,7 +29,6 @@ GROUPS |= dict.fromkeys(("Q2_K", "Q3_K", "Q6_K"), 16)
 BLOCKS = {kind: 256 if kind.endswith("_K") else 32 if group else 1 for kind, group in GROUPS.items()}  # weights
 MATMULS = ("matmul", "matmul_t", "rows", "experts")  # ops that read packed activations
 CHUNK_BYTES = 48 << 10  # of weight rows that a thread takes at a time, at least: a few microseconds' reading
-STRIP_BYTES = 16 << 10  # of a strip, its scales and its sums, at most
 SEGMENT = 512  # activations that a thread takes at a time
 PANEL_CACHE = 512 << 10  # bytes of unpacked weights that a thread keeps at hand (half of a common L2 cache)
 
@@ -181,7 +180,7 @@ class Buffers:
                 if node.op == "matmul_t":
                     k, panels = info.n_rows, t_panels(self.kind(node.weight))
                     need = max(need, panels * panel_bytes(k, min(group, 1) * 32) + 32 * 256 * 4)
-                need = max(need, PANEL_CACHE, panel_bytes(k, group), PANEL_ROWS * info.row_size + STRIP_BYTES)
+                need = max(need, PANEL_CACHE, panel_bytes(k, group))
         attention = 128 + 4 * KV_BLOCK * 4 * 2 + 4 * (c.head_dim_v + PANEL_ROWS) * 4 + 4 * c.head_dim_k * 4
         return -(-(max(need, attention) + 4096) // 4096) * 4096
 

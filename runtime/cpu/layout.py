@@ -34,8 +34,7 @@ def arguments(name: str, fields: str) -> Any:
 # What a step tells the kernels: token counts, and addresses of int32 arrays with one entry a token.
 # tiles: int32 rows (first token, tokens, sequence) for attention; tables: int64 addresses of block tables.
 # tile_min: a step of fewer tokens (or outputs) is computed by rows: TILE_MIN, or what makes it so for all or for none.
-# strips: in a step by rows, matrices of quantised weights take several rows at a time (matmul.py).
-Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots tile_min strips")
+Step = record("Step", "n_tok n_out ids positions tiles n_tiles tables out_rows slots tile_min")
 # A row of the tape. It is skipped unless the int64 at address `when` (if not 0) is `want`; ticks: time spent so far.
 Row = record("Row", "kernel args barrier when want ticks")
 # What a layer's selection says: whether the step is sparse (1) or dense (0), and how many neurons are in its list; then

@@ -1,10 +1,10 @@
-"""Matrix products of weights and packed activations, one kernel a weight type, for any number of tokens.
+"""Matrix products of weights as they lie in a file and packed activations, one kernel a weight type, for any number of
+tokens. (Weights that were interleaved at load have a kernel of their own: bands.py.)
 
 By rows: a weight row is multiplied with one token's activations (or four tokens'), 64 (or 32) weights an instruction.
 By tiles, for many tokens: 16 (or 8) rows at a time are unpacked into a panel of bytes that stays in the cache, and a
 register tile of rows x tokens walks over it. Both accumulate exact integer sums by block, scaled in float32, in orders
-that differ: what a token gets depends on the way chosen for it, and never on the tokens beside it. By strips, for few
-tokens of quantised weights: the tiles' numbers without their panels (strips.py).
+that differ: what a token gets depends on the way chosen for it, and never on the tokens beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from .loads import (
     store,
 )
 from .products import AHEAD, ROW_TOKENS, TOKENS, Product, product
-from .strips import strips
 from .tape import finish, take
 from .tiles import tile_store
 from .vector import LANES, WIDE
@@ -30,7 +29,7 @@ from .weights import inline
 def build(family: str, variant: str) -> Any:
     """The kernel of a weight type: the loops around its product."""
     p = product(variant)
-    return kernel(p, rows_fill(p), kind=variant if p.group else "")
+    return kernel(p, rows_fill(p))
 
 
 def rows_fill(p: Product) -> Any:
@@ -119,14 +118,12 @@ def slab(p: Product, fill: Any) -> tuple[Any, Any]:
     return put, tiles
 
 
-def kernel(p: Product, fill: Any, few: bool = True, kind: str = "") -> Any:
-    """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows, or by
-    strips of the quantised type `kind`."""
+def kernel(p: Product, fill: Any, few: bool = True) -> Any:
+    """The kernel around a product; fill makes the panels for many tokens. few: it serves few tokens too, by rows."""
     row_dot, row_dots, quantised, sums_by_16 = p.row_dot, p.row_dots, p.group > 0, p.group == 16
     rows, together, ahead = LANES, ROW_TOKENS, AHEAD
     args_of, step_of = MatMul, Step
     put, tiles = slab(p, fill)
-    by_strip, by_strips = kind != "", strips(kind, put) if kind else put
 
     @inline
     def by_rows(args, n_tok, turn):
@@ -190,9 +187,6 @@ def kernel(p: Product, fill: Any, few: bool = True, kind: str = "") -> Any:
     def matmul(args, step, ith, turn):
         n_tok = i64_at(step + i64_at(args + args_of.count))
         if few and n_tok < i64_at(step + step_of.tile_min):
-            if by_strip:
-                if i64_at(step + step_of.strips) != 0:
-                    return by_strips(args, n_tok, ith, turn)
             return by_rows(args, n_tok, turn)
         return by_tiles(args, n_tok, ith, turn)
 

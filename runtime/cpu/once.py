@@ -12,9 +12,7 @@ from .layout import Row
 from .threads import ThreadPool
 
 
-def run_once(
-    walker: int, ops: Iterable[tuple[int, Any, dict[str, int]]], n_threads: int, scratch_bytes: int
-) -> None:
+def run_once(walker: int, ops: Iterable[tuple[int, Any, dict[str, int]]], n_threads: int, scratch_bytes: int) -> None:
     """Run ops, which do not wait for each other: (kernel's address, layout of its record, fields).
 
     scratch_bytes: that each thread has.

@@ -25,13 +25,16 @@ from kernel_harness import (
     choice,
     pack_op,
     packed,
+    packed_blocks,
     run,
     weights,
+    woven,
 )
 
 from hotcold.formats.types import GGMLType
+from hotcold.runtime.cpu import isa
 from hotcold.runtime.cpu.buffers import t_panels
-from hotcold.runtime.cpu.layout import ARRAYS, Down, Embed, MatMul, Norm, Routing, Rows, Select, Step
+from hotcold.runtime.cpu.layout import ARRAYS, Bands, Down, Embed, MatMul, Norm, Routing, Rows, Select, Step, Weave
 from hotcold.runtime.down_t import add_down_t
 from hotcold.runtime.tensors import Tensors
 
@@ -106,20 +109,16 @@ def touch(level: str) -> None:
             product |= {name: value for name, value in fields.items() if name in ARRAYS}
             x = Buffer(np.ones((n_tok, k), np.float32))
             run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=n_tok)
-            if n_tok == 1 and kind in QUANTS:
-                step = {"tile_min": 99, "strips": 1}
-                run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, {**shared, **product}), n_tok=1, **step)
-                tall = Buffer(weights(kind, 21, k, rng), before_a_forbidden_page)  # more than a strip has
-                taller = {
-                    **shared,
-                    **product,
-                    "w": tall,
-                    "n": 21,
-                    "out": Buffer.full((1, 21)),
-                    "out_stride": 21,
-                    "bias": 0,
-                }
-                run(level, pack_op(x, fields), Op(f"matmul:{kind}", MatMul, taller), n_tok=1, **step)
+            if kind in QUANTS:
+                lanes = isa.LEVELS[level].lanes
+                blocks = packed_blocks(k, n_tok)
+                own = {"w": Buffer(woven(level, kind, raw), before_a_forbidden_page), "xb": blocks["xb"], "large": 1}
+                own |= {"band_bytes": raw.shape[1] * lanes, "chunk": 1, "k": k, "regions": 1}
+                own |= {"n": 5, "out": Buffer.full((n_tok, 5)), "out_stride": 5, "bias": bias, "count": Step.n_tok}
+                own |= {"add": 0, "claims": Buffer(np.zeros(8, np.int64))}
+                run(level, pack_op(x, blocks), Op(f"bands:{kind}", Bands, own), n_tok=n_tok)
+                woven_to = Buffer(np.zeros(lanes * raw.shape[1], np.uint8), before_a_forbidden_page)
+                run(level, Op(f"weave:{kind}", Weave, {"w": w, "out": woven_to, "k": k, "n": 5}))
             # The same rows as those of the last expert.
             routing = np.zeros(len(Routing), np.int64)
             routing[Routing.experts // 8] = 1
