@@ -1,7 +1,7 @@
 """Loading weights: as they are in the mapped file, or copied into bands, the form that dense products like best.
 
-A copy costs memory (as much as the matrices take in the file, whose own pages the system may then drop) and, at load, the
-time to read them; it is read in order, in pages of 2 MiB, by kernels that serve a token and a prompt with the same sums.
+A copy costs memory, as much as the matrices take in the file (whose own pages the system may then drop), and the time
+to read them at load. It is read in order, in pages of 2 MiB, by kernels with the same sums for a token and a prompt.
 """
 
 from __future__ import annotations

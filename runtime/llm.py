@@ -50,14 +50,14 @@ class LLM(Texts, Completions, Embedder, Stateful):
     may wait for that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far
     for each that is chosen (prompt lookup): the model's own choices, in fewer steps where text repeats. lora: adapters
     (GGUF) as paths or pairs (path, scale). load: copy the weights into memory in the form that is fastest (copy), read
-    them where the file is mapped (mmap), or copy if memory allows (auto). prompt_cache: a file of what prompts began with: taken up at the start if it
-    is there, written by close(). trace: notes what ran when. progress: takes lines about slow steps (verbose sends them
-    to stderr).
+    them where the file is mapped (mmap), or copy if memory allows (auto). prompt_cache: a file of what prompts began
+    with: taken up at the start if it is there, written by close(). trace: notes what ran when. progress: takes lines
+    about slow steps (verbose sends them to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
     before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from
-    the cache, where they were computed one by one, and may differ by rounding from what a new LLM would say. With sparse
-    FFNs rounding differs too by who else is answered, since tokens of one step share a list of neurons.
+    the cache, where they were computed one by one, and may differ by rounding from what a new LLM would say. With
+    sparse FFNs rounding differs too by who else is answered, since tokens of one step share a list of neurons.
 
     Any number of threads and tasks may call. A stream is computed as it is read, at most answer.UNREAD pieces ahead;
     one that nobody reads gives its place to others.

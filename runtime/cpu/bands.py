@@ -1,7 +1,7 @@
-"""Products of bands (band_vectors.py) with any number of tokens: one kernel a weight type, for a token and for a prompt.
+"""Products of bands (band_vectors.py) with any number of tokens: a kernel a weight type, for one token and for prompts.
 
-32 columns of a band (or of two) are taken apart into eight vectors, which stay in registers while the tokens pass by. What a
-token gets does not depend on how many there are. The weights are read once, in order, by each `TILE` tokens.
+32 columns of a band (or of two) are taken apart into eight vectors, which stay in registers while the tokens pass by.
+What a token gets does not depend on how many there are. The weights are read in order, once for each BAND_TILE tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sizes and argument records that kernels and the Python side share; imports no Numba.
 
-Activations reach a product with bands (band_vectors.py) *packed* in blocks (xb), whatever the number of tokens: for each
-BAND_TILE of them [k / 32][tokens], and a block has 32 int8 quants, their float32 scale, float32 scaled sum, and int32
+Activations reach a product with bands (band_vectors.py) *packed* in blocks (xb), whatever the number of tokens: for
+each BAND_TILE of them [k / 32][tokens]; a block has 32 int8 quants, their float32 scale, float32 scaled sum, and int32
 negated sums of the first and the last 16 quants. They reach other matmuls in one of two ways, rows in steps of fewer
 than Step.tile_min tokens:
 

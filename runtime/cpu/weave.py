@@ -1,7 +1,8 @@
 """Interleaving rows of quantised weights into bands (band_vectors.py), once, when a model is loaded.
 
-A band takes as many bytes as its rows; block follows block. Of a plain type, a block has its rows' float16 scales, minima
-if any, and planes; of a super type, its float16 factors, each byte of its sub-blocks' scales, and eight times planes.
+A band takes as many bytes as its rows; block follows block. Of a plain type, a block has its rows' float16 scales,
+minima if any, and planes; of a super type, its float16 factors, the bytes of its sub-blocks' scales, and eight times
+planes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Matmul kernels of every weight type, of rows as files have them and of bands, against float64 products of the weights that gguf.quants decodes.
+"""Matmul kernels of every weight type, for rows as files have them and for bands, against float64 products.
 
-Activations are exact in 8 bits here, so only float32 rounding is left: each output may be off by TOLERANCE of the sum
-of its terms' magnitudes. A lane adds at most k terms (2**-24 each, 6e-6 for k = 100 floats); measured: below 5e-7.
+The weights are those that gguf.quants decodes. Activations are exact in 8 bits here, so only float32 rounding is left:
+each output may be off by TOLERANCE of the sum of its terms' magnitudes. A lane adds at most k terms (2**-24 each, 6e-6
+for k = 100 floats); measured: below 5e-7.
 """
 
 from __future__ import annotations
