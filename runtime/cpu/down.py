@@ -11,6 +11,7 @@ from typing import Any
 
 from .layout import AddParts, Choice, Down, Step
 from .loads import (
+    f16_at,
     f32_at,
     i32_at,
     i64_at,
@@ -20,6 +21,7 @@ from .loads import (
     load_i8,
     prefetch,
     put_f32,
+    spaced_f16,
     splat_f16,
     store,
 )
@@ -54,7 +56,7 @@ def _add_plain(t: Plain) -> tuple[Any, Any]:
     size, quants, has_min, offset = t.n_bytes, t.quants, t.has_min, t.offset
     signed, nibbles = t.name == "Q8_0", t.nibbles
 
-    two = 2 * size
+    eight = 8 * size
 
     @inline
     def values(p):
@@ -84,32 +86,55 @@ def _add_plain(t: Plain) -> tuple[Any, Any]:
             p += size
 
     @inline
-    def block_of_four(sums, p0, p1, p2, p3, h0, h1, h2, h3):
+    def block_of_four(sums, p0, p1, p2, p3, factors):
+        """factors: 8 a row, of this block the first; then likewise of the rows' minima together."""
         v = load_f32(sums, 32)
         if has_min:
-            v = v + (scale(p0 + 2, h0) + scale(p1 + 2, h1) + scale(p2 + 2, h2) + scale(p3 + 2, h3))
-        v = fma(values(p0), scale(p0, h0), v)
-        v = fma(values(p1), scale(p1, h1), v)
-        v = fma(values(p2), scale(p2, h2), v)
-        store(sums, fma(values(p3), scale(p3, h3), v))
+            v = v + splat_f32(f32_at(factors + 128), 32)
+        v = fma(values(p0), splat_f32(f32_at(factors), 32), v)
+        v = fma(values(p1), splat_f32(f32_at(factors + 32), 32), v)
+        v = fma(values(p2), splat_f32(f32_at(factors + 64), 32), v)
+        store(sums, fma(values(p3), splat_f32(f32_at(factors + 96), 32), v))
 
     @inline
-    def add_four(sums, p0, p1, p2, p3, n, f0, f1, f2, f3, n0, n1, n2, n3):
-        """n0 .. n3: the rows to fetch meanwhile."""
-        h0, h1, h2, h3 = splat_f32(f0, 16), splat_f32(f1, 16), splat_f32(f2, 16), splat_f32(f3, 16)
-        o, i = 0, 0
-        while i + 64 <= n:
-            prefetch(n0 + o, two)
-            prefetch(n1 + o, two)
-            prefetch(n2 + o, two)
-            prefetch(n3 + o, two)
-            block_of_four(sums + i * 4, p0 + o, p1 + o, p2 + o, p3 + o, h0, h1, h2, h3)
-            o += size
-            block_of_four(sums + i * 4 + 128, p0 + o, p1 + o, p2 + o, p3 + o, h0, h1, h2, h3)
-            o += size
-            i += 64
-        if i < n:
-            block_of_four(sums + i * 4, p0 + o, p1 + o, p2 + o, p3 + o, h0, h1, h2, h3)
+    def add_four(sums, p0, p1, p2, p3, n, f0, f1, f2, f3, n0, n1, n2, n3, factors):
+        """n0 .. n3: the rows to fetch meanwhile; factors: the address of room for 40 floats."""
+        h0, h1, h2, h3 = splat_f32(f0, 8), splat_f32(f1, 8), splat_f32(f2, 8), splat_f32(f3, 8)
+        for _ in range(n // 256):
+            prefetch(n0, eight)
+            prefetch(n1, eight)
+            prefetch(n2, eight)
+            prefetch(n3, eight)
+            store(factors, spaced_f16(p0, size, 8) * h0)
+            store(factors + 32, spaced_f16(p1, size, 8) * h1)
+            store(factors + 64, spaced_f16(p2, size, 8) * h2)
+            store(factors + 96, spaced_f16(p3, size, 8) * h3)
+            if has_min:
+                m = spaced_f16(p0 + 2, size, 8) * h0 + spaced_f16(p1 + 2, size, 8) * h1
+                m = m + (spaced_f16(p2 + 2, size, 8) * h2 + spaced_f16(p3 + 2, size, 8) * h3)
+                store(factors + 128, m)
+            for j in range(8):
+                o = j * size
+                block_of_four(sums + j * 128, p0 + o, p1 + o, p2 + o, p3 + o, factors + j * 4)
+            sums += 1024
+            p0, p1, p2, p3 = p0 + eight, p1 + eight, p2 + eight, p3 + eight
+            n0, n1, n2, n3 = n0 + eight, n1 + eight, n2 + eight, n3 + eight
+        for _ in range(n % 256 // 32):
+            prefetch(n0, size)
+            prefetch(n1, size)
+            prefetch(n2, size)
+            prefetch(n3, size)
+            put_f32(factors, f16_at(p0) * f0)
+            put_f32(factors + 32, f16_at(p1) * f1)
+            put_f32(factors + 64, f16_at(p2) * f2)
+            put_f32(factors + 96, f16_at(p3) * f3)
+            if has_min:
+                m = (f16_at(p0 + 2) * f0 + f16_at(p1 + 2) * f1) + (f16_at(p2 + 2) * f2 + f16_at(p3 + 2) * f3)
+                put_f32(factors + 128, m)
+            block_of_four(sums, p0, p1, p2, p3, factors)
+            sums += 128
+            p0, p1, p2, p3 = p0 + size, p1 + size, p2 + size, p3 + size
+            n0, n1, n2, n3 = n0 + size, n1 + size, n2 + size, n3 + size
 
     return add, add_four
 
@@ -174,6 +199,7 @@ def _down(variant: str) -> Any:
         h, h_stride = i64_at(args + args_of.h), i64_at(args + args_of.h_stride) * 4
         row_bytes, listed = i64_at(args + args_of.row_bytes), i64_at(args + args_of.list)
         parts, ahead = i64_at(args + args_of.parts), i64_at(args + args_of.ahead)
+        factors = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
         while True:
             c = take(args, turn, parts)
             if c < 0:
@@ -196,7 +222,7 @@ def _down(variant: str) -> Any:
                         at = h + t * h_stride + i * 4
                         h0, h1, h2, h3 = f32_at(at), f32_at(at + 4), f32_at(at + 8), f32_at(at + 12)
                         if h0 != 0.0 or h1 != 0.0 or h2 != 0.0 or h3 != 0.0:
-                            add_four(sums + t * n * 4, p0, p1, p2, p3, n, h0, h1, h2, h3, n0, n1, n2, n3)
+                            add_four(sums + t * n * 4, p0, p1, p2, p3, n, h0, h1, h2, h3, n0, n1, n2, n3, factors)
                     i += 4
             while i < end:
                 p = w + i32_at(listed + i * 4) * row_bytes

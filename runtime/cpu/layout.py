@@ -74,7 +74,7 @@ Route = arguments("Route", "src n n_used weights_norm here heat routing items pa
 Combine = arguments("Combine", "src out n n_used segment add slots weights")
 Select = arguments("Select", "src n low high top cut list picked choice limit")
 Rows = arguments("Rows", f"w out bias k row_bytes out_stride list choice parts ahead gates threshold {_ARRAYS}")
-Down = arguments("Down", "w out h h_stride n row_bytes list choice parts ahead")
+Down = arguments("Down", "w out h h_stride n row_bytes list choice parts ahead scratch scratch_bytes")
 AddParts = arguments("AddParts", "sums out bias add n parts")
 Norm = arguments(
     "Norm", f"src weight bias n_weight k group eps gain rows count out add scratch scratch_bytes {_PACKED}"

@@ -13,6 +13,7 @@ from .vector import (
     I16,
     I32,
     I64,
+    WIDE,
     Vec,
     call,
     const,
@@ -181,6 +182,25 @@ def four_f16(typingctx, a, b, c, d):
         return half_to_float(builder, bits)
 
     return Vec("f32", 4)(*[types.intp] * 4), codegen
+
+
+@intrinsic(prefer_literal=True)
+def spaced_f16(typingctx, address, stride, n):
+    """n float16, `stride` bytes (an even number) apart -> n float32 lanes; nothing beyond the last is read."""
+    step, count = stride.literal_value, n.literal_value
+
+    def codegen(context, builder, sig, args):
+        words = ir.VectorType(I16, WIDE // 2)
+        if WIDE == 64 and step * (count - 1) + 2 == 2 * WIDE:  # two registers end with the last: one permutation
+            low, high = (load_from(builder, builder.add(args[0], I64(at)), words) for at in (0, WIDE))
+            return half_to_float(builder, shuffle(builder, low, high, range(0, WIDE, step // 2)))
+        bits = ir.Constant(ir.VectorType(I16, count), [0] * count)
+        for i in range(count):
+            one = load_from(builder, builder.add(args[0], I64(step * i)), I16)
+            bits = builder.insert_element(bits, one, I32(i))
+        return half_to_float(builder, bits)
+
+    return Vec("f32", count)(types.intp, stride, n), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -323,6 +323,7 @@ class _Lowering:
             row_bytes=info.row_size,
             parts=parts,
             ahead=max(4, rows_ahead(info.row_size)),
+            **self.buffers.scratch(),
             **self.listed(node),
         )
         self.emit(

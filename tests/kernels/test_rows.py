@@ -1,4 +1,4 @@
-"""Products of listed rows, of every weight type: those of the dense kernel bit by bit, and near float64's."""
+"""Products of listed rows, of every weight type: near float64's, and the same bits whatever rows are beside them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kernel_harness import (
     widths,
 )
 
-from hotcold.runtime.cpu.layout import ARRAYS, MatMul, Rows, Step
+from hotcold.runtime.cpu.layout import ARRAYS, Rows
 
 N = 70  # rows there are
 
@@ -49,15 +49,8 @@ def listed_rows(
 
 
 def all_rows(level: str, kind: str, raw: Array, x: Array) -> Array:
-    """What the dense kernel makes of all rows, float32 (n_tok, n)."""
-    n_tok, k = x.shape
-    fields = packed(k, n_tok, kind in QUANTS, kind in FLOATS)
-    out = Buffer.full((n_tok, len(raw)))
-    own = {"w": Buffer(raw), "out": out, "bias": 0, "k": k, "n": len(raw), "row_bytes": raw.shape[1], "add": 0}
-    own |= {"out_stride": len(raw), "count": Step.n_tok, "chunk": 8, "panels": 1}
-    own |= {name: buffer for name, buffer in fields.items() if name in ARRAYS}
-    run(level, pack_op(Buffer(x), fields), Op(f"matmul:{kind}", MatMul, own), n_tok=n_tok)
-    return np.array(out.array)
+    """The products of all rows, listed in order, float32 (n_tok, n)."""
+    return listed_rows(level, kind, raw, x, np.arange(len(raw)))
 
 
 def lists(rng: np.random.Generator) -> list[Array]:
@@ -74,12 +67,22 @@ def test_listed_rows(level: str, kind: str) -> None:
         raw = weights(kind, N, k, rng)
         for n_tok in range(1, 8):
             x = inputs(kind, n_tok, k, rng)
-            dense = all_rows(level, kind, raw, x)
+            everything = all_rows(level, kind, raw, x)
+            assert_product(kind, raw, x, everything)
             for rows in lists(rng)[n_tok % 2 :: 2]:
                 got = listed_rows(level, kind, raw, x, rows)
-                if len(rows):
-                    assert_product(kind, raw[rows], x, got)
-                np.testing.assert_array_equal(got, dense[:, rows])
+                np.testing.assert_array_equal(got, everything[:, rows])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_token_alone_is_the_same_as_among_others(level: str, kind: str) -> None:
+    rng = np.random.default_rng(4)
+    k = widths(kind)[-1]
+    raw, x, rows = weights(kind, N, k, rng), inputs(kind, 7, k, rng), some(N, 33, rng)
+    together = listed_rows(level, kind, raw, x, rows)
+    for t in range(7):
+        np.testing.assert_array_equal(listed_rows(level, kind, raw, x[t : t + 1], rows)[0], together[t])
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -101,10 +104,12 @@ def test_long_rows_are_fetched_in_two_steps(level: str) -> None:
     rng = np.random.default_rng(3)
     for kind, k in (("F32", 1031), ("Q4_0", 2048)):
         raw, x = weights(kind, N, k, rng), inputs(kind, 2, k, rng)
+        everything = all_rows(level, kind, raw, x)
+        assert_product(kind, raw, x, everything)
         for rows in lists(rng):
             for ahead in (1, 9, 40):
                 got = listed_rows(level, kind, raw, x, rows, ahead=ahead)
-                np.testing.assert_array_equal(got, all_rows(level, kind, raw, x)[:, rows])
+                np.testing.assert_array_equal(got, everything[:, rows])
 
 
 @pytest.mark.parametrize("level", LEVELS)
