@@ -25,6 +25,7 @@ from .graph import Graph
 from .hot_cold import add_cold, check_placement
 from .hybrid import HybridExecutor
 from .kv_cache import KVCache, Sequence
+from .kv_types import PLAIN, KVTypes
 from .lora import Wanted, adapt, changes
 from .lora import check as check_lora
 from .memory import available_bytes, total_bytes
@@ -58,7 +59,8 @@ class Engine:
     the GPU; without one, all runs on the CPU. trace: notes what ran when. lora: adapters (GGUF) as paths or pairs
     (path, scale), added to the matrices that they name; on the CPU alone. load: copy quantised matrices into memory in
     the form that kernels like best (copy), read them where the file is mapped (mmap), or copy if memory allows (auto):
-    bands.py. progress: called with a line while kernels
+    bands.py. cache_type_k, cache_type_v: keys and values are kept as f16, q8_0 or q4_0 (kv_types.py). progress: called
+    with a line while kernels
     compile. Not thread-safe: one call at a time.
     """
 
@@ -75,6 +77,8 @@ class Engine:
         trace: Trace | None = None,
         lora: Wanted = (),
         load: str = "auto",
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self._load = check_load(load)
@@ -83,6 +87,9 @@ class Engine:
         if n_ctx is not None:
             n_ctx = check_int("n_ctx", n_ctx, 1, MAX_CONTEXT)
         wanted, self.lora = Sparsity.parse(sparsity), check_lora(lora)
+        self.kv_types = KVTypes.parse(cache_type_k, cache_type_v)
+        if self.kv_types.quantised and placement is not None:
+            raise UnsupportedError("cache_type_k, cache_type_v: a GPU keeps keys and values as f16; leave them out")
         if self.lora and placement is not None:
             raise UnsupportedError("lora: adapters run on the CPU alone; open the model without a VRAM budget")
         self.file = model if isinstance(model, GGUFFile) else GGUFFile(model)
@@ -90,8 +97,9 @@ class Engine:
         self.closed = False
         try:
             self.config = ModelConfig.from_gguf(self.file)
-            self.n_ctx = n_ctx or default_context(self.config, n_parallel)
-            _check_context(self.config, self.n_ctx, n_parallel)
+            self.kv_types.check(self.config.name, self.config.head_dim_k, self.config.head_dim_v)
+            self.n_ctx = n_ctx or default_context(self.config, n_parallel, self.kv_types)
+            _check_context(self.config, self.n_ctx, n_parallel, self.kv_types)
             self.n_threads = n_threads or default_threads()
             self.n_vocab = self.config.n_vocab
             if self.file.powerinfer and not use_section:
@@ -107,7 +115,8 @@ class Engine:
             per_sequence = -(-self.n_ctx // KV_BLOCK) + 1  # one to copy to, where a begun block is shared
             on_cpu = placement is None
             spare = min(per_sequence, SPARE // KV_BLOCK) if on_cpu else 0
-            self.cache = KVCache(self.config, n_parallel * per_sequence, copyable=on_cpu, n_spare=spare)
+            n_blocks = n_parallel * per_sequence
+            self.cache = KVCache(self.config, n_blocks, copyable=on_cpu, n_spare=spare, types=self.kv_types)
             self._executor = self._cpu(progress) if placement is None else self._hybrid(placement, trace, progress)
         except BaseException as error:
             self._close_files()
@@ -359,28 +368,28 @@ class Engine:
         self.close()
 
 
-def token_bytes(config: ModelConfig) -> int:
+def token_bytes(config: ModelConfig, types: KVTypes = PLAIN) -> int:
     """Bytes of one token in the KV cache and the table of rotations."""
-    kv = config.n_layer * config.n_head_kv * (config.head_dim_k + config.head_dim_v) * 2
+    kv = config.n_layer * config.n_head_kv * types.row_bytes(config.head_dim_k, config.head_dim_v)
     return kv + config.rope_dim * 4 * (2 if config.local_base else 1)
 
 
-def default_context(config: ModelConfig, n_parallel: int = 1) -> int:
+def default_context(config: ModelConfig, n_parallel: int = 1, types: KVTypes = PLAIN) -> int:
     """The model's context, or what fits n_parallel times into a share of the free memory, but never nothing."""
     free = available_bytes()
     if free is None:
         return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT)
-    fits = int(free * _KV_SHARE) // n_parallel // token_bytes(config) // KV_BLOCK * KV_BLOCK
+    fits = int(free * _KV_SHARE) // n_parallel // token_bytes(config, types) // KV_BLOCK * KV_BLOCK
     return min(config.n_ctx_train, config.n_positions or MAX_CONTEXT, MAX_CONTEXT, max(KV_BLOCK, fits))
 
 
-def _check_context(config: ModelConfig, n_ctx: int, n_parallel: int) -> None:
+def _check_context(config: ModelConfig, n_ctx: int, n_parallel: int, types: KVTypes) -> None:
     """Raise ParameterError for a context that could never be filled."""
     if config.n_positions and n_ctx > config.n_positions:
         raise ParameterError(
             f"n_ctx: got {n_ctx}, wanted at most {config.n_positions}: {config.name!r:.60} has no positions beyond"
         )
-    total, each = total_bytes(), token_bytes(config) * n_parallel
+    total, each = total_bytes(), token_bytes(config, types) * n_parallel
     if total is not None and n_ctx > total // each:
         raise ParameterError(
             f"n_ctx: got {n_ctx}, wanted at most {total // each}: each token takes {each} bytes, "

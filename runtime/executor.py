@@ -10,7 +10,7 @@ import numpy as np
 
 from ..formats.config import ModelConfig
 from .cpu.jit import Progress
-from .cpu.layout import QUERY_TILE, TILE_MIN, Step
+from .cpu.layout import TILE_MIN, Step, query_tile
 from .cpu.lower import lower
 from .cpu.threads import ThreadPool
 from .graph import Graph
@@ -57,6 +57,7 @@ class CPUExecutor:
         self.steps = 0
         self._n_embd, self._n_ff, self._softcap = config.n_embd, config.n_ff, np.float32(config.logit_softcap)
         self._gated = config.gated
+        self._query_tile = query_tile(config.n_head // config.n_head_kv)
         self.tokens = np.zeros((4, max_tokens), np.int32)  # ids, positions, slots, out_rows
         self._tiles = np.zeros((max_tokens, 3), np.int32)
         self._tables = np.zeros(max_tokens, np.int64)
@@ -102,8 +103,8 @@ class CPUExecutor:
             self._tables[index] = sequence.table.ctypes.data
             for rope in self.ropes:
                 rope.upto(first + n)
-            for start in range(0, n, QUERY_TILE):
-                self._tiles[n_tiles] = row + start, min(QUERY_TILE, n - start), index
+            for start in range(0, n, self._query_tile):
+                self._tiles[n_tiles] = row + start, min(self._query_tile, n - start), index
                 n_tiles += 1
             row += n
         out_rows[: len(outputs)] = outputs

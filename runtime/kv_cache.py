@@ -1,4 +1,4 @@
-"""The paged KV cache: float16 keys and values in blocks of tokens, with a block table per sequence."""
+"""The paged KV cache: keys and values in blocks of tokens, with a block table per sequence."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 from ..formats.config import ModelConfig
 from ..formats.errors import ClosedError, ContextLengthError
 from .cpu.layout import KV_BLOCK
+from .kv_types import PLAIN, KVTypes
 from .memory import aligned
 from .prefix_cache import PrefixCache
 
 
 class KVCache:
-    """Blocks of KV_BLOCK tokens. keys [n_layer][n_blocks][n_kv][dim_k][KV_BLOCK], values [..][n_kv][KV_BLOCK][dim_v].
+    """Blocks of KV_BLOCK tokens: keys and values [n_layer][n_blocks][n_kv] of pages (kv_types.py).
 
     A block may have several holders: sequences, and `prefixes`, which keeps what may be wanted again until its memory
     is. copyable: whether a block can be copied here, so that sequences may share a part of it (not with a GPU, which
@@ -24,11 +25,19 @@ class KVCache:
     been stored.
     """
 
-    def __init__(self, config: ModelConfig, n_blocks: int, copyable: bool = True, n_spare: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_blocks: int,
+        copyable: bool = True,
+        n_spare: int = 0,
+        types: KVTypes = PLAIN,
+    ) -> None:
         self.n_blocks, self.copyable, self.n_spare = n_blocks + n_spare, copyable, n_spare
-        per_block = config.n_head_kv * KV_BLOCK * 2
-        self.key_layer_bytes = self.n_blocks * per_block * config.head_dim_k
-        self.value_layer_bytes = self.n_blocks * per_block * config.head_dim_v
+        self.types = types
+        n_pages = self.n_blocks * config.n_head_kv
+        self.key_layer_bytes = n_pages * types.keys.page_bytes(config.head_dim_k)
+        self.value_layer_bytes = n_pages * types.values.page_bytes(config.head_dim_v)
         self._keys = aligned(config.n_layer * self.key_layer_bytes, zero=True)
         self._values = aligned(config.n_layer * self.value_layer_bytes, zero=True)
         # uint8 [n_layer, n_blocks, bytes]

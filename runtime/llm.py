@@ -21,6 +21,7 @@ from .chat_prompt import ChatPrompt, Messages
 from .completions import Completions
 from .cpu.layout import KV_BLOCK
 from .embedding import Embedder
+from .kv_types import KVTypes
 from .sampler import SamplingParams, check_ids, check_int
 from .scheduler import Scheduler
 from .state import Stateful
@@ -50,9 +51,10 @@ class LLM(Texts, Completions, Embedder, Stateful):
     may wait for that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far
     for each that is chosen (prompt lookup): the model's own choices, in fewer steps where text repeats. lora: adapters
     (GGUF) as paths or pairs (path, scale). load: copy the weights into memory in the form that is fastest (copy), read
-    them where the file is mapped (mmap), or copy if memory allows (auto). prompt_cache: a file of what prompts began
-    with: taken up at the start if it is there, written by close(). trace: notes what ran when. progress: takes lines
-    about slow steps (verbose sends them to stderr).
+    them where the file is mapped (mmap), or copy if memory allows (auto). cache_type_k, cache_type_v: keys and values
+    are kept as f16, or in less memory, which changes answers a little, as q8_0 or q4_0. prompt_cache: a file of what
+    prompts began with: taken up at the start if it is there, written by close(). trace: notes what ran when. progress:
+    takes lines about slow steps (verbose sends them to stderr).
 
     The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
     before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from
@@ -78,6 +80,8 @@ class LLM(Texts, Completions, Embedder, Stateful):
         trace: Trace | None = None,
         lora: Wanted = (),
         load: str = "auto",
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
         prompt_cache: str | Path | None = None,
         verbose: bool = False,
         progress: Callable[[str], None] | None = None,
@@ -86,6 +90,7 @@ class LLM(Texts, Completions, Embedder, Stateful):
             if value is not None:
                 check_int(name, value, 1)
         serving = _check_serving(n_parallel, n_queue, lookup)
+        KVTypes.parse(cache_type_k, cache_type_v)
         if not isinstance(model, (str, Path)):
             raise ParameterError(f"model: got {type(model).__name__}, wanted a path or a model name")
         chosen_seed = SamplingParams(seed=seed).seed
@@ -106,6 +111,8 @@ class LLM(Texts, Completions, Embedder, Stateful):
             trace=trace,
             lora=lora,
             load=load,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
             progress=report,
         )
         try:

@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from .kv_cache import KVCache
     from .scheduler import Scheduler
 
-MAGIC, VERSION = b"HOTCOLDS", 1
-_HEAD = struct.Struct("<8sI32sIIIII")  # magic, version, identity, layers, block, bytes of its keys and values, blocks
+MAGIC, VERSION = b"HOTCOLDS", 2
+# Magic, version, identity, types of keys and values, layers, block, bytes of its keys and values, blocks.
+_HEAD = struct.Struct("<8sI32s8s8sIIIII")
 _DIGEST, _PIECE, _SAMPLE = 32, 1 << 20, 64
 _TABLE_ROW = 2 + KV_BLOCK
 
@@ -86,7 +87,8 @@ class Snapshot:
         from ..formats.section_file import replacing
 
         layers, key_bytes, value_bytes = _geometry(self._cache)
-        head = MAGIC, VERSION, self._identity, layers, KV_BLOCK, key_bytes, value_bytes, len(self._rows)
+        types = (kind.name.encode() for kind in (self._cache.types.keys, self._cache.types.values))
+        head = MAGIC, VERSION, self._identity, *types, layers, KV_BLOCK, key_bytes, value_bytes, len(self._rows)
         table = np.zeros((len(self._rows), _TABLE_ROW), "<i4")
         for row, (parent, tokens, _) in zip(table, self._rows, strict=True):
             row[:2] = parent, len(tokens)
@@ -139,8 +141,8 @@ def _block(cache: KVCache, config: ModelConfig, block: int, n_tokens: int) -> It
     """A block's keys and values, without what lies where it has no tokens."""
     keys, values = cache.keys[:, block].copy(), cache.values[:, block].copy()
     if n_tokens < KV_BLOCK:
-        keys.view(np.uint16).reshape(-1, KV_BLOCK)[:, n_tokens:] = 0
-        values.view(np.uint16).reshape(-1, KV_BLOCK, config.head_dim_v)[:, n_tokens:] = 0
+        cache.types.keys.clear(keys, config.head_dim_k, n_tokens, keys=True)
+        cache.types.values.clear(values, config.head_dim_v, n_tokens, keys=False)
     yield keys.data
     yield values.data
 
@@ -166,14 +168,19 @@ class Saved:
         raw = self._file.read(_HEAD.size)
         if len(raw) < _HEAD.size or not raw.startswith(MAGIC):
             raise FormatError(self.path, "magic", repr(raw[:8]), f"{MAGIC!r}, as saved states have it")
-        _, version, own, layers, block, key_bytes, value_bytes, n_blocks = _HEAD.unpack(raw)
+        _, version, own, keys, values, layers, block, key_bytes, value_bytes, n_blocks = _HEAD.unpack(raw)
         if version != VERSION:
             raise FormatError(self.path, "version", version, f"{VERSION}; save the state again with this hotcold")
         geometry = _geometry(self._cache)
-        if own != identity(self._engine) or (layers, key_bytes, value_bytes) != geometry or block != KV_BLOCK:
+        if own != identity(self._engine) or layers != geometry[0] or block != KV_BLOCK:
             name = f"{self._engine.config.name!r:.60}"
             got = "another model's, or one of other settings (adapters, sparsity)"
             raise FormatError(self.path, "state", got, f"one of {name}; name another file, or delete it")
+        kinds = self._cache.types.keys.name, self._cache.types.values.name
+        found = tuple(name.rstrip(b"\0").decode("ascii", "replace") for name in (keys, values))
+        if found != kinds or (key_bytes, value_bytes) != geometry[1:]:
+            got, wanted = (f"{key!r:.20} keys and {value!r:.20} values" for key, value in (found, kinds))
+            raise FormatError(self.path, "cache types", got, f"{wanted}: open the model with the file's, or delete it")
         self._node_bytes = layers * (key_bytes + value_bytes)
         size = os.fstat(self._file.fileno()).st_size
         wanted = _HEAD.size + n_blocks * (4 * _TABLE_ROW + self._node_bytes) + _DIGEST

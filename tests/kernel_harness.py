@@ -22,8 +22,13 @@ TYPES = [kind.name for kind in naive.COMPUTED_TYPES]
 QUANTS = [kind.name for kind in naive.QUANT_TYPES]
 PLAIN = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # blocks of 32
 FLOATS = [kind.name for kind in naive.FLOAT_TYPES]
+KV_PAIRS = [
+    *(("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0")),
+    *(("q8_0", "q4_0"), ("q4_0", "f16"), ("f16", "q8_0")),
+]
 KERNELS = [
-    *("walk", "norm:rms", "norm:layer", "pack", "rope:norm", "rope:neox", "attention", "attention:softcap"),
+    *("walk", "norm:rms", "norm:layer", "pack", "rope:norm", "rope:neox"),
+    *(f"attention:{keys}-{values}" for keys, values in KV_PAIRS),
     *("select:gates", "select:scores", "add_parts", "read", "peak"),
     *("route", "combine"),
     *(f"{family}:{name}" for family in ("activate", "rows:F32") for name in naive.ACTIVATIONS),

@@ -81,6 +81,7 @@ class Ours:
         stack: ExitStack,
         lora: list[tuple[Path, float]],
         load: str,
+        types: dict[str, str],
     ) -> None:
         from ..runtime.engine import Engine  # imported before the clock starts, as the peer's library is
         from ..runtime.limits import Reader, bytes_outside_ffn, reader_of
@@ -101,6 +102,7 @@ class Ours:
                 trace=trace,
                 lora=lora,
                 load=load,
+                **types,
                 progress=status,
             )
 
@@ -240,6 +242,8 @@ def bench(
     trace: options.TraceFile = None,
     lora: options.Lora = None,
     load: options.Load = "auto",
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
     against: Peer = None,
     peer_python: PeerPython = None,
     as_json: options.AsJson = False,
@@ -250,8 +254,9 @@ def bench(
     path = console.find_model(model)
     n_ctx = -(-max(n_prompt, n_gen, SHORT_PROMPT) // CTX_STEP) * CTX_STEP
     with ExitStack() as stack:
+        types = {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
         wanted, adapters = GPUOptions(vram_budget, require_gpu, cold, trace), options.adapters(lora)
-        ours = Ours(path, n_ctx, threads, sparsity, wanted, stack, adapters, load)
+        ours = Ours(path, n_ctx, threads, sparsity, wanted, stack, adapters, load, types)
         n_vocab, used = ours.engine.n_vocab, ours.engine.n_threads
         _warn_if_busy()
         sides: list[Side] = [ours]
@@ -272,6 +277,7 @@ def bench(
         "n_gen": n_gen,
         "repetitions": repetitions,
         "n_ctx": n_ctx,
+        **types,
         "ffn": ffn,
         "read": reading,
     }

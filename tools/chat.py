@@ -45,6 +45,8 @@ def chat(
     cold: options.Cold = "auto",
     trace: options.TraceFile = None,
     lora: options.Lora = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
     prompt_cache: options.PromptCache = None,
     lookup: options.Lookup = 0,
     load: options.Load = "auto",
@@ -57,7 +59,9 @@ def chat(
     chosen = options.sampling(temp, top_k, top_p, min_p, repeat_penalty, seed)
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
     adapters = options.adapters(lora)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup, load=load) as llm:
+    more: dict[str, Any] = {"lookup": lookup, "load": load}
+    more |= {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, **more) as llm:
         if "repeat_penalty" not in llm.config.sampling:
             chosen.setdefault("repeat_penalty", REPEAT_PENALTY)
         talk = Conversation(llm, model, system, chosen, n_predict)

@@ -171,8 +171,9 @@ def open_engine(
     use_section: bool = True,
     lora: Sequence[tuple[Path, float]] = (),
     load: str = "auto",
+    **more: Any,
 ) -> Iterator[Engine]:
-    """The bare engine on the model `name`, as open_llm does it."""
+    """The bare engine on the model `name`, as open_llm does it; more: Engine's own arguments."""
     path = find_model(name)
     status = StatusLine()
     try:
@@ -187,6 +188,7 @@ def open_engine(
             lora=lora,
             load=load,
             progress=status,
+            **more,
         ) as engine:
             status.clear()
             yield engine

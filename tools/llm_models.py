@@ -41,18 +41,29 @@ class ChatOptions(llm.Model.Options):
     stop: str | None = Field(None, min_length=1, description="A text that ends the answer, itself left out")
     n_ctx: int | None = Field(None, ge=1, description="Tokens of context, by default the model's")
     n_threads: int | None = Field(None, ge=1, description="Threads, by default the machine's cores")
+    cache_type_k: str | None = Field(None, description="Keys are kept as f16 (the default), q8_0 or q4_0")
+    cache_type_v: str | None = Field(None, description="Values are kept as f16 (the default), q8_0 or q4_0")
 
 
-def open_model(model: str, n_ctx: int | None = None, n_threads: int | None = None, n_parallel: int = 1) -> LLM:
+def open_model(
+    model: str,
+    n_ctx: int | None = None,
+    n_threads: int | None = None,
+    n_parallel: int = 1,
+    cache_type_k: str | None = None,
+    cache_type_v: str | None = None,
+) -> LLM:
     """The model, opened when it is first asked for and kept from then on."""
     from ..runtime.llm import LLM
 
     with _opening:
-        key = model, n_ctx, n_threads, n_parallel
+        types = {"cache_type_k": cache_type_k or "f16", "cache_type_v": cache_type_v or "f16"}
+        key = model, n_ctx, n_threads, n_parallel, *types.values()
         if key not in _open or _open[key].closed:
             path, status = find_model(model), StatusLine()
             try:
-                _open[key] = LLM(path, n_ctx=n_ctx, n_threads=n_threads, n_parallel=n_parallel, progress=status)
+                sizes = {"n_ctx": n_ctx, "n_threads": n_threads, "n_parallel": n_parallel}
+                _open[key] = LLM(path, **sizes, **types, progress=status)
             finally:
                 status.clear()
         return _open[key]
@@ -78,7 +89,8 @@ class _Chat(_Named):
     def opened(self, prompt: llm.Prompt) -> LLM:
         """The LLM that answers a prompt."""
         options = cast(ChatOptions, prompt.options)
-        return open_model(self.model, options.n_ctx, options.n_threads, self.n_parallel)
+        types = options.cache_type_k, options.cache_type_v
+        return open_model(self.model, options.n_ctx, options.n_threads, self.n_parallel, *types)
 
 
 class Chat(_Chat, llm.Model):
@@ -129,7 +141,7 @@ class Embedding(_Named, llm.EmbeddingModel):
 
 def _request(prompt: llm.Prompt, model: LLM) -> dict[str, Any]:
     """A prompt as arguments of create_chat_completion."""
-    asked = prompt.options.model_dump(exclude_none=True, exclude={"n_ctx", "n_threads"})
+    asked = prompt.options.model_dump(exclude_none=True, exclude={"n_ctx", "n_threads", "cache_type_k", "cache_type_v"})
     request = {"max_tokens": MAX_TOKENS, **asked, "messages": _messages(prompt.messages)}
     request["stream_options"] = {"include_usage": True}
     if prompt.schema:

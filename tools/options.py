@@ -48,6 +48,12 @@ Lora = Annotated[
     list[str] | None,
     Option("--lora", metavar="FILE[=SCALE]", help="Add a LoRA adapter (GGUF), scaled; may be given several times."),
 ]
+CacheTypeK = Annotated[
+    str, Option("--cache-type-k", "-ctk", metavar="TYPE", help="Keys are kept as f16, q8_0 or q4_0.")
+]
+CacheTypeV = Annotated[
+    str, Option("--cache-type-v", "-ctv", metavar="TYPE", help="Values are kept as f16, q8_0 or q4_0.")
+]
 Lookup = Annotated[
     int,
     Option("--lookup", metavar="N", min=0, max=16, help="Guess up to N tokens from the text so far, for speed."),

@@ -28,11 +28,14 @@ def perplexity(
     sparsity: options.Sparsity = "auto",
     lora: options.Lora = None,
     load: options.Load = "auto",
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
     as_json: options.AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text."""
     text = textfile.read_text(encoding="utf-8", errors="replace")
-    with console.open_engine(model, ctx, threads, sparsity, True, options.adapters(lora), load=load) as engine:
+    types = {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
+    with console.open_engine(model, ctx, threads, sparsity, True, options.adapters(lora), load=load, **types) as engine:
         from ..formats.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(engine.file)
@@ -47,6 +50,7 @@ def perplexity(
         "model": model,
         "text": str(textfile),
         "n_ctx": ctx,
+        **types,
         "chunks": total,
         "tokens_scored": estimate.count,
         "perplexity": estimate.ppl,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,6 +55,8 @@ def run(
     cold: options.Cold = "auto",
     trace: options.TraceFile = None,
     lora: options.Lora = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
     prompt_cache: options.PromptCache = None,
     lookup: options.Lookup = 0,
     load: options.Load = "auto",
@@ -70,7 +72,9 @@ def run(
     chosen["max_tokens"] = None if n_predict < 0 else n_predict
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold, trace)
     adapters = options.adapters(lora)
-    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, lookup=lookup, load=load) as llm:
+    more: dict[str, Any] = {"lookup": lookup, "load": load}
+    more |= {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
+    with gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, prompt_cache, **more) as llm:
         if chat:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": text})

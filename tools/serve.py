@@ -66,6 +66,8 @@ def serve(
     lookup: options.Lookup = 0,
     lora: options.Lora = None,
     load: options.Load = "auto",
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
     grace: Grace = 30.0,
     cors: Cors = None,
     alias: Alias = None,
@@ -82,6 +84,7 @@ def serve(
     wanted = gpu.GPUOptions(vram_budget, require_gpu, cold)
     adapters = options.adapters(lora)
     more: dict[str, Any] = {"n_parallel": parallel, "n_queue": queue, "lookup": lookup, "load": load}
+    more |= {"cache_type_k": cache_type_k, "cache_type_v": cache_type_v}
 
     def loader(model: str) -> Callable[[], AbstractContextManager[LLM]]:
         return lambda: gpu.open_llm(model, ctx, threads, sparsity, wanted, adapters, **more)

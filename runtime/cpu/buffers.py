@@ -11,16 +11,19 @@ from ..memory import aligned
 from ..tensors import Tensors
 from .layout import (
     BLOCK_BYTES,
-    KV_BLOCK,
-    PANEL_ROWS,
+    KV_PART,
+    KV_SPAN,
     PANEL_TOKENS,
     ROWS_MAX,
+    SPLIT_TILES,
     TILE_MIN,
     Choice,
     Item,
     Routing,
+    attention_bytes,
     packed_bytes,
     panel_bytes,
+    part_bytes,
 )
 
 FLOATS = ("F32", "F16", "BF16")
@@ -164,6 +167,15 @@ class Buffers:
             self.arrays["parts"] = aligned(4 * n * (TILE_MIN - 1) * self.config.n_embd)
         return int(self.arrays["parts"].ctypes.data)
 
+    def attention_parts(self, n_blocks: int) -> dict[str, int]:
+        """What attention leaves of parts that are computed apart: room for a token in each sequence of a full cache."""
+        n_parts = self.config.n_head * (n_blocks // (KV_SPAN * KV_PART) + SPLIT_TILES)
+        if "parts.attention" not in self.arrays:
+            self.arrays["parts.attention"] = aligned(n_parts * part_bytes(self.config.head_dim_v))
+            self.arrays["parts.counts"] = aligned(8 * SPLIT_TILES * self.config.n_head_kv, zero=True)
+        parts, counts = (int(self.arrays[name].ctypes.data) for name in ("parts.attention", "parts.counts"))
+        return {"parts": parts, "n_parts": n_parts, "counts": counts}
+
     def zeros(self, n: int) -> int:
         """Address of n float32 zeros."""
         if "zeros" not in self.arrays:
@@ -181,8 +193,7 @@ class Buffers:
                     k, panels = info.n_rows, t_panels(self.kind(node.weight))
                     need = max(need, panels * panel_bytes(k, min(group, 1) * 32) + 32 * 256 * 4)
                 need = max(need, PANEL_CACHE, panel_bytes(k, group))
-        attention = 128 + 4 * KV_BLOCK * 4 * 2 + 4 * (c.head_dim_v + PANEL_ROWS) * 4 + 4 * c.head_dim_k * 4
-        return -(-(max(need, attention) + 4096) // 4096) * 4096
+        return -(-(max(need, attention_bytes(c.head_dim_k, c.head_dim_v)) + 4096) // 4096) * 4096
 
     def scratch(self) -> dict[str, int]:
         """The fields of an op that uses scratch."""

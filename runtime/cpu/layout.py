@@ -56,7 +56,10 @@ KV_BLOCK = 32  # tokens in a block of the KV cache
 BAND_TILE = 32  # tokens that share a reading of a band
 BLOCK_BYTES = 48  # of 32 activations, packed in blocks
 REGION_CHUNKS = 65535  # most chunks of a thread's region
-QUERY_TILE = 8  # query tokens that share one pass over the KV cache
+KV_SPAN = 8  # blocks whose positions share one softmax; those of spans are merged, in order
+KV_PART = 4  # spans that are merged with each other first, and that a thread takes at a time
+SPLIT_TILES = 64  # most tiles of a step whose parts are computed apart
+QUERY_ROWS = 48  # most queries, of tokens and heads, that share one pass over a span
 
 ARRAYS = tuple("xq xd xn xs ld ln ls xf".split())  # of a value packed in rows or panels
 _ARRAYS = " ".join(ARRAYS)
@@ -80,11 +83,15 @@ Norm = arguments(
     "Norm", f"src weight bias n_weight k group eps gain rows count out add scratch scratch_bytes {_PACKED}"
 )
 Embed = arguments("Embed", "w out k row_bytes gain at add scratch scratch_bytes")
-Rope = arguments("Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values")
+Rope = arguments(
+    "Rope", "q k v n_head n_kv dim_k dim_v rope_dim table keys values key_type value_type key_bytes value_bytes"
+)
 Read = arguments("Read", "src size parts sums")
 Transpose = arguments("Transpose", "w out k n row_bytes scratch scratch_bytes")
 Attention = arguments(
-    "Attention", "q out n_head n_kv dim_k dim_v keys values scale softcap window scratch scratch_bytes"
+    "Attention",
+    "q out n_head n_kv dim_k dim_v keys values key_bytes value_bytes scale softcap window parts n_parts counts "
+    "regions claims scratch scratch_bytes",
 )
 
 
@@ -113,3 +120,20 @@ def panel_bytes(k: int, group: int) -> int:
     if group == 0:
         return PANEL_ROWS * k * 4
     return PANEL_ROWS * (k + 8 * (k // group))
+
+
+def query_tile(group: int) -> int:
+    """Query tokens that share one pass over the KV cache, where `group` heads share its keys and values."""
+    return max(1, QUERY_ROWS // group)
+
+
+def part_bytes(dim_v: int) -> int:
+    """Bytes of what attention knows of one query over one span: its output, in whole vectors, maximum and sum."""
+    return (-(-dim_v // 32) * 32 + 16) * 4
+
+
+def attention_bytes(dim_k: int, dim_v: int) -> int:
+    """Scratch bytes of a thread in attention; attention.py says what for."""
+    panels = -(-dim_k // 16) * 64 + -(-dim_k // 32) * 8
+    each = 8 + panels + KV_SPAN * KV_BLOCK * 4 + 3 * part_bytes(dim_v)
+    return QUERY_ROWS * each + KV_BLOCK * max(dim_k, dim_v) * 4 + 2048

@@ -149,6 +149,33 @@ def store_dwords(typingctx, address, v, stride):
 
 
 @intrinsic
+def store_halves(typingctx, address, v, stride):
+    """Store a float32 vector as float16 at `address`, `address + stride`, ..."""
+
+    def codegen(context, builder, sig, args):
+        halves = float_to_half(builder, args[1])
+        for i in range(v.n):
+            at = builder.add(args[0], builder.mul(args[2], I64(i)))
+            store_to(builder, builder.extract_element(halves, I32(i)), at)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, v, types.intp), codegen
+
+
+@intrinsic
+def store_bytes(typingctx, address, v, stride):
+    """Store the bytes of `v` at `address`, `address + stride`, ..."""
+
+    def codegen(context, builder, sig, args):
+        for i in range(v.n):
+            at = builder.add(args[0], builder.mul(args[2], I64(i)))
+            store_to(builder, builder.extract_element(args[1], I32(i)), at)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, v, types.intp), codegen
+
+
+@intrinsic
 def store_quads(typingctx, address, v0, v1, v2, v3, stride):
     """Store the 4-byte pieces of four vectors side by side: all first ones at `address`, the next at `+ stride`, ..."""
 

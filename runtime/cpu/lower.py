@@ -350,6 +350,8 @@ class _Lowering:
             "dim_v": c.head_dim_v,
             "keys": keys,
             "values": values,
+            "key_bytes": self.cache.types.keys.page_bytes(c.head_dim_k),
+            "value_bytes": self.cache.types.values.page_bytes(c.head_dim_v),
         }
 
     def rope(self, node: Node) -> None:
@@ -365,13 +367,15 @@ class _Lowering:
             v=v,
             rope_dim=self.config.rope_dim,
             table=self.rope_tables[self.config.windows[node.layer] > 0],
+            key_type=self.cache.types.keys.number,
+            value_type=self.cache.types.values.number,
             **self.heads(node.layer),
         )
 
     def attention(self, node: Node) -> None:
-        cap = self.config.attn_softcap
+        types = self.cache.types
         self.emit(
-            "attention:softcap" if cap else "attention",
+            f"attention:{types.keys.name}-{types.values.name}",
             Attention,
             node,
             node.reads,
@@ -379,8 +383,11 @@ class _Lowering:
             q=self.buffers.floats("q"),
             out=self.buffers.floats(node.writes[0]),
             scale=float(self.config.attn_scale),
-            softcap=float(cap),
+            softcap=float(self.config.attn_softcap),
             window=self.config.windows[node.layer],
+            **self.buffers.attention_parts(self.cache.n_blocks),
+            regions=self.n_threads,
+            claims=self.buffers.claims(len(self.assembly.ops), self.n_threads),
             **self.buffers.scratch(),
             **self.heads(node.layer),
         )

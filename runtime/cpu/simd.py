@@ -70,6 +70,22 @@ def spread(typingctx, v, start, repeat, n):
     return Vec(v.elt, c)(v, start, repeat, n), codegen
 
 
+@intrinsic
+def swap_pairs(typingctx, v):
+    """Elements 1, 0, 3, 2, ..."""
+    return v(v), lambda context, b, sig, args: shuffle(b, args[0], args[0], [i ^ 1 for i in range(v.n)])
+
+
+@intrinsic
+def negate_even(typingctx, v):
+    """-v[0], v[1], -v[2], ..."""
+
+    def codegen(context, b, sig, args):
+        return b.fmul(args[0], const(F32, [-1.0, 1.0] * (v.n // 2)))
+
+    return v(v), codegen
+
+
 def _byte_constant(name):
     def make(op):
         @intrinsic(prefer_literal=True)

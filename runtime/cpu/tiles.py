@@ -69,6 +69,34 @@ def tile_dot4(typingctx, tile, u, address, big):
     return tile(tile, u, types.intp, big), codegen
 
 
+@intrinsic
+def tile_dot4_by(typingctx, tile, address, stride, s):
+    """tile[t] += dot4(the 4 unsigned bytes at address + t * stride, in every lane, s)."""
+    vec = tile.dtype
+
+    def codegen(context, b, sig, args):
+        out = []
+        for t in range(tile.count):
+            word = load_from(b, b.add(args[1], b.mul(args[2], I64(t))), I32)
+            u = b.bitcast(splat_of(b, word, vec.n), ir.VectorType(I8, 4 * vec.n))
+            out.append(emit_dot(b, b.extract_value(args[0], t), u, args[3], True))
+        return cgutils.pack_array(b, out)
+
+    return tile(tile, types.intp, types.intp, s), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile_splat_i32(typingctx, like, address, n):
+    """A tile of n vectors of the type of `like`, with the integer at address + 4 t in every lane."""
+    ty = types.UniTuple(like, n.literal_value)
+
+    def codegen(context, b, sig, args):
+        words = [load_from(b, b.add(args[1], I64(4 * t)), I32) for t in range(n.literal_value)]
+        return cgutils.pack_array(b, [splat_of(b, word, like.n) for word in words])
+
+    return ty(like, types.intp, n), codegen
+
+
 def emit_fma(b, x, y, z):
     name = "fmuladd" if SOFT_HALF else "fma"
     return call(b, f"llvm.{name}.v{x.type.count}f32", x.type, x, y, z)
@@ -90,6 +118,20 @@ def tile_fma(typingctx, tile, v, address):
         return cgutils.pack_array(b, out)
 
     return tile(tile, v, types.intp), codegen
+
+
+@intrinsic
+def tile_fma_by(typingctx, tile, v, address, stride):
+    """tile[t] += v * (float at address + t * stride)."""
+
+    def codegen(context, b, sig, args):
+        out = []
+        for t in range(tile.count):
+            x = _tile_scalars(b, b.add(args[2], b.mul(args[3], I64(t))), 0, v.n)
+            out.append(emit_fma(b, args[1], x, b.extract_value(args[0], t)))
+        return cgutils.pack_array(b, out)
+
+    return tile(tile, v, types.intp, types.intp), codegen
 
 
 @intrinsic
@@ -119,6 +161,19 @@ def tile_add(typingctx, x, y):
 
 
 @intrinsic
+def tile_words(typingctx, high, low):
+    """256 * high[t] + low[t], of integers."""
+
+    def codegen(context, b, sig, args):
+        eight, out = const(I32, [8] * high.dtype.n), []
+        for t in range(high.count):
+            out.append(b.add(b.shl(b.extract_value(args[0], t), eight), b.extract_value(args[1], t)))
+        return cgutils.pack_array(b, out)
+
+    return high(high, low), codegen
+
+
+@intrinsic
 def tile_hsum(typingctx, tile):
     """The sum of each vector's lanes."""
 
@@ -126,6 +181,18 @@ def tile_hsum(typingctx, tile):
         return cgutils.pack_array(b, [emit_reduce(b, b.extract_value(args[0], t), "add") for t in range(tile.count)])
 
     return types.UniTuple(types.float32, tile.count)(tile), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile_load(typingctx, like, address, stride, n):
+    """A tile of n vectors of the type of `like`, from address, address + stride, ..."""
+    ty = types.UniTuple(like, n.literal_value)
+
+    def codegen(context, b, sig, args):
+        at = [b.add(args[1], b.mul(args[2], I64(t))) for t in range(n.literal_value)]
+        return cgutils.pack_array(b, [load_from(b, address, like.llvm) for address in at])
+
+    return ty(like, types.intp, types.intp, n), codegen
 
 
 @intrinsic

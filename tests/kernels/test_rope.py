@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import kv_pages
 import naive
 import numpy as np
 import pytest
 from kernel_harness import LEVELS, Array, Buffer, Op, run
 
 from hotcold.runtime.cpu.layout import KV_BLOCK, Rope
+from hotcold.runtime.kv_types import KV_TYPES
 
 N_CTX = 200
 N_BLOCKS = 5
@@ -45,6 +47,7 @@ def rope(
         **{"q": Buffer(q), "k": Buffer(k), "v": Buffer(v), "n_head": q.shape[1], "n_kv": k.shape[1]},
         **{"dim_k": q.shape[2], "dim_v": v.shape[2], "rope_dim": params.n_dims},
         **{"table": Buffer(table.astype(np.float32)), "keys": keys, "values": values},
+        **{"key_bytes": 2 * KV_BLOCK * k.shape[2], "value_bytes": 2 * KV_BLOCK * v.shape[2]},
     }
     step = {"positions": Buffer(positions.astype(np.int32)), "slots": Buffer(slots.astype(np.int32))}
     run(level, Op(f"rope:{style}", Rope, fields), n_threads=n_threads, n_tok=len(q), **step)
@@ -119,3 +122,38 @@ def test_threads_change_nothing(level: str) -> None:
         several = rope(level, "neox", q, k, v, positions, slots, naive.Rope(64, style="neox"), n_threads)
         for a, b in zip(alone, several, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_quantised_pages(level: str, kind: str) -> None:
+    """Whole blocks of keys and values as the oracle lays them out, and nothing in other blocks or positions."""
+    rng = np.random.default_rng(4)
+    for n_tok, dim_k, dim_v in ((64, 64, 32), (33, 32, 96), (7, 128, 128)):
+        q, k, v = (
+            rng.standard_normal((n_tok, heads, dim), np.float32) for heads, dim in ((4, dim_k), (2, dim_k), (2, dim_v))
+        )
+        k[0, 0, :32], v[0, 1, :32] = 0, 0  # no scale at all
+        sizes = [KV_TYPES[kind].page_bytes(dim) for dim in (dim_k, dim_v)]
+        keys, values = (Buffer.full((4, 2, size), np.uint8, 0xFF) for size in sizes)
+        slots = KV_BLOCK + np.arange(n_tok)
+        fields = {"q": Buffer(q), "k": Buffer(k), "v": Buffer(v), "keys": keys, "values": values}
+        numbers = {"n_head": 4, "n_kv": 2, "dim_k": dim_k, "dim_v": dim_v, "rope_dim": 0}
+        numbers |= {"key_bytes": sizes[0], "value_bytes": sizes[1], "table": 0}
+        number = KV_TYPES[kind].number
+        op = Op("rope:norm", Rope, {**fields, **numbers, "key_type": number, "value_type": number})
+        step = {"positions": Buffer(slots.astype(np.int32)), "slots": Buffer(slots.astype(np.int32))}
+        run(level, op, n_threads=2, n_tok=n_tok, **step)
+        assert (keys.array[0] == 0xFF).all() and (keys.array[3] == 0xFF).all()
+        for cache, given, is_keys in ((keys.array, k, True), (values.array, v, False)):
+            for block in range(-(-n_tok // KV_BLOCK)):
+                part = np.zeros((KV_BLOCK, *given.shape[1:]), np.float32)
+                here = given[block * KV_BLOCK : (block + 1) * KV_BLOCK]
+                part[: len(here)] = here
+                for h in range(2):
+                    wanted = kv_pages.page(part[:, h], kind, is_keys)
+                    got = cache[1 + block, h].copy()
+                    KV_TYPES[kind].clear(wanted, given.shape[2], len(here), is_keys)
+                    KV_TYPES[kind].clear(got, given.shape[2], len(here), is_keys)
+                    apart = np.abs(wanted.astype(int) - got.astype(int))
+                    assert (apart != 0).mean() < 0.01  # ties and the last bit of a scale

@@ -186,7 +186,7 @@ def test_torn_and_foreign_files(model: Path, saved: Path, tmp_path: Path) -> Non
             (b"", "magic"),
             (b"GGUF" + raw[4:], "magic"),
             (raw[:40], "magic"),
-            (raw[:8] + struct.pack("<I", 2) + raw[12:], "version: got 2"),
+            (raw[:8] + struct.pack("<I", 3) + raw[12:], "version: got 3"),
             (raw[:-1], "size: got .* torn"),
             (raw + b"x", "size: got"),
             (raw[: _HEAD.size + 10], "size: got"),

@@ -158,7 +158,7 @@ def test_options(oracle: LLM) -> None:
     options = {"temperature": 1.5, "seed": 5, "max_tokens": 8, "top_k": 50, "min_p": 0, "top_p": 1}
     assert model.prompt("hello", repeat_penalty=1.3, **options).text() == wanted
     assert model.prompt("hello", n_ctx=64, n_threads=1, repeat_penalty=1.3, **options).text() == wanted
-    assert {key[1:] for key in llm_models._open} == {(None, None, 1), (64, 1, 1)}
+    assert {key[1:] for key in llm_models._open} == {(None, None, 1, "f16", "f16"), (64, 1, 1, "f16", "f16")}
     whole = oracle.chat("hello", **GREEDY)
     assert model.prompt("hello", stop=whole[3], **GREEDY).text() == whole[: whole.index(whole[3])]
     with pytest.raises(ValueError, match="temperature"):
