@@ -107,7 +107,8 @@ def weights(engine: Engine) -> dict[str, tuple[int, int]]:
     tensors, found = engine._tensors, {}
     for node in engine._executor.tape.nodes:
         if node.weight and node.op not in ("embed", "positions"):
-            found[node.weight] = tensors.address(node.weight), tensors.info(node.weight).nbytes
+            at = tensors.bands(node.weight) or tensors.address(node.weight)
+            found[node.weight] = at, tensors.info(node.weight).nbytes
     return found
 
 

@@ -124,8 +124,11 @@ def band_dot(typingctx, us, x, start, first, count, bits):
             return _signed(b, tuple_, address, begin, n)
         if LEVEL.name == "avx2":
             return b.add(total, _pairs(b, tuple_, address, begin, n, width))
+        halves = [total, const(I32, [0] * LANES)]  # two chains, since a product waits for the last one of its chain
         for i in range(begin, begin + n):
-            total = emit_dot(b, total, b.extract_value(tuple_, i), _four_bytes(b, address, i), width == 8)
-        return total
+            halves[i % 2] = emit_dot(
+                b, halves[i % 2], b.extract_value(tuple_, i), _four_bytes(b, address, i), width == 8
+            )
+        return b.add(*halves)
 
     return start(us, x, start, first, count, bits), codegen
