@@ -1,7 +1,7 @@
 """Products of bands (band_vectors.py) with any number of tokens: a kernel a weight type, for one token and for prompts.
 
-32 columns of a band (or of two) are taken apart into eight vectors, which stay in registers while the tokens pass by.
-What a token gets does not depend on how many there are. The weights are read in order, once for each BAND_TILE tokens.
+32 columns of a band are taken apart into eight vectors, which stay in registers while the tokens pass by. What a token
+gets does not depend on how many there are. The weights are read in order, once for each BAND_TILE tokens.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _scales(t: Any, group: int) -> Any:
 def build(family: str, variant: str) -> Any:
     """`bands:TYPE`: out[token, r] = row r . x[token], plus the bias, plus what is there if the op adds."""
     args_of, lanes, vector, ahead = Bands, LANES, 4 * LANES, AHEAD
-    x_bytes, most, wide = BLOCK_BYTES, BAND_TILE, LANES == 16
+    x_bytes, most = BLOCK_BYTES, BAND_TILE
     super_ = variant in SUPER
     t: Any = SUPER[variant] if super_ else PLAIN[variant]
     group, has_min, bits = t.group if super_ else 32, t.has_min, t.bits
@@ -93,7 +93,6 @@ def build(family: str, variant: str) -> Any:
     head = lanes * (2 * n_factors + (t.places[1] if super_ else 0))
     extend, scales_of = _extend(t, group), _scales(t, group)
     read_scales = scale_reader(variant, has_min) if super_ else None
-    far = 32 * vector  # from a band's unpacked scales to those of the next
 
     @inline
     def begin(p, spare):
@@ -137,29 +136,6 @@ def build(family: str, variant: str) -> Any:
             p = q
 
     @inline
-    def several_by_two(p, other, x, n_blocks, spare, totals, count):
-        """The same of two bands at a time, `other` bytes apart; a token's two sums lie side by side."""
-        for token in range(2 * count):
-            store(totals + token * vector, splat_f32(0.0, lanes))
-        for _ in range(n_blocks // n_sub):
-            scales, minima = begin(p, spare)
-            other_scales, other_minima = begin(p + other, spare + far)
-            q = p + head
-            for i in range(n_sub):
-                prefetch(q + ahead, planes)
-                us, vs = load_band(q, bits), load_band(q + other, bits)
-                own, others = scales_of(p, scales, minima, i), scales_of(p + other, other_scales, other_minima, i)
-                for token in range(count):
-                    at, block = totals + 2 * token * vector, x + token * x_bytes
-                    total = extend(us, own, block, load_f32(at, lanes))
-                    other_total = extend(vs, others, block, load_f32(at + vector, lanes))
-                    store(at, total)
-                    store(at + vector, other_total)
-                q += planes
-                x += count * x_bytes
-            p = q
-
-    @inline
     def write(args, total, out, r, n, spare):
         """One token's outputs of a band."""
         bias, add = i64_at(args + args_of.bias), i64_at(args + args_of.add)
@@ -193,7 +169,7 @@ def build(family: str, variant: str) -> Any:
             i64_at(args + args_of.band_bytes),
         )
         spare = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
-        totals = spare + 2 * far
+        totals = spare + 32 * vector
         n_blocks, n_bands = k // 32, (n + lanes - 1) // lanes
         chunk = i64_at(args + args_of.chunk) if n_tok < most else i64_at(args + args_of.large)
         n_chunks = (n_bands + chunk - 1) // chunk
@@ -205,18 +181,9 @@ def build(family: str, variant: str) -> Any:
             for t0 in range(0, n_tok, most):
                 count = min(most, n_tok - t0)
                 x = xb + t0 * n_blocks * x_bytes
-                g = first
-                while g < last:
+                for g in range(first, last):
                     r, p = g * lanes, w + g * band_bytes
                     target = out + (t0 * stride + r) * 4
-                    if wide and count > 1 and g + 1 < last:
-                        several_by_two(p, band_bytes, x, n_blocks, spare, totals, count)
-                        for token in range(count):
-                            at, to = totals + 2 * token * vector, target + token * stride * 4
-                            write(args, load_f32(at, lanes), to, r, n, spare)
-                            write(args, load_f32(at + vector, lanes), to + vector, r + lanes, n, spare)
-                        g += 2
-                        continue
                     if count == 1:
                         write(args, alone(p, x, n_blocks, spare), target, r, n, spare)
                     else:
@@ -224,7 +191,6 @@ def build(family: str, variant: str) -> Any:
                         for token in range(count):
                             total = load_f32(totals + token * vector, lanes)
                             write(args, total, target + token * stride * 4, r, n, spare)
-                    g += 1
             finish(args)
         return n_chunks
 
