@@ -2,9 +2,9 @@
 
     python tests/batch_speed.py [--model smollm2] [--threads 2] [--tokens 1,2,4,8,16,32] [--rounds 15]
 
-`bands` are weights copied at load; `rows` and `tiles` are the two ways with weights left in the mapped file, of which
-layout.TILE_MIN chooses by the number of tokens. Medians of rounds in which the three take turns. With bands a token must
-get the same bits in whatever company: checked here.
+`bands` are weights copied at load; `rows` and `tiles` are the two ways with weights left in the mapped file, of
+which layout.TILE_MIN chooses by the number of tokens. Medians of rounds in which the three take turns. With bands a
+token must get the same bits in whatever company: checked here.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from time import perf_counter
-
-import numpy as np
 
 from hotcold import Engine
 from hotcold.runtime.models import resolve
