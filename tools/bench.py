@@ -102,7 +102,8 @@ class Ours:
                 trace=trace,
                 lora=lora,
                 load=load,
-                **types,
+                cache_type_k=types["cache_type_k"],
+                cache_type_v=types["cache_type_v"],
                 progress=status,
             )
 

@@ -57,13 +57,20 @@ def open_model(
     from ..runtime.llm import LLM
 
     with _opening:
-        types = {"cache_type_k": cache_type_k or "f16", "cache_type_v": cache_type_v or "f16"}
-        key = model, n_ctx, n_threads, n_parallel, *types.values()
+        keys, values = cache_type_k or "f16", cache_type_v or "f16"
+        key = model, n_ctx, n_threads, n_parallel, keys, values
         if key not in _open or _open[key].closed:
             path, status = find_model(model), StatusLine()
             try:
-                sizes = {"n_ctx": n_ctx, "n_threads": n_threads, "n_parallel": n_parallel}
-                _open[key] = LLM(path, **sizes, **types, progress=status)
+                _open[key] = LLM(
+                    path,
+                    n_ctx=n_ctx,
+                    n_threads=n_threads,
+                    n_parallel=n_parallel,
+                    cache_type_k=keys,
+                    cache_type_v=values,
+                    progress=status,
+                )
             finally:
                 status.clear()
         return _open[key]
