@@ -1,8 +1,8 @@
 """Attention over the paged KV cache against the NumPy oracle, block by block and sequence by sequence.
 
 The oracle has keys and values as the cache keeps them, and queries that 8 bits hold where keys are quantised. What is
-left is float32 rounding, measured below 2e-6 (ATOL is 1e-5), and with quantised values that of weights to 16 bits, below
-7e-5 (ATOL_QUANTISED is 2e-4).
+left is float32 rounding, measured below 2e-6 (ATOL is 1e-5), and with quantised values that of weights to 16 bits,
+measured below 7e-5 (ATOL_QUANTISED is 2e-4).
 """
 
 from __future__ import annotations
