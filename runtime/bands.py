@@ -21,6 +21,7 @@ from .tensors import Tensors
 LOADS = ("auto", "mmap", "copy")
 _SHARE = 0.75  # of the free memory, the most that a copy not asked for may take
 _LINE = 64
+_LARGE = 2**30  # bytes of weights that take long enough to say how far it is
 _SCRATCH = 16 << 10  # bytes a thread, for 256 columns of a band
 
 
@@ -71,8 +72,11 @@ def add_bands(
         return
     kinds = {name: tensors.info(name).type.name for name in names}
     kernels = jit.load(["walk", *sorted({f"weave:{kind}" for kind in kinds.values()})], progress=progress)
-    memory, at = large_pages(total), 0
+    memory, at, told = large_pages(total), 0, 0
     for name in names:
+        if progress and total >= _LARGE and (tenth := 10 * at // total) > told:
+            told = tenth
+            progress(f"loading weights {10 * told}%")
         info, place = tensors.info(name), memory[at : at + sizes[name]]
         at += sizes[name]
         fields = {"w": tensors.address(name), "out": place.ctypes.data, "k": info.shape[0], "n": info.n_rows}

@@ -225,7 +225,7 @@ class _Lowering:
             add=int(node.adds),
             xb=self.buffers.packed(node.reads[0])["xb"],
             chunk=max(chunk, 1, -(-n_bands // REGION_CHUNKS)),
-            large=max(1, min(8, n_bands // (self.n_threads * 4))),
+            large=max(1, min(8, n_bands // (self.n_threads * 8))),
             regions=self.n_threads,
             claims=self.buffers.claims(len(self.assembly.ops), self.n_threads),
             **self.buffers.scratch(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from .layout import Norm, Step
 from .loads import f32_at, f64_at, i32_at, i64_at, load_f32, put_f32, store
-from .pack import arrays, pack_span
+from .pack import arrays, neighbours, pack_span
 from .simd import fma, hsum, splat_f32
 from .tape import finish, take
 from .vector import LANES
@@ -67,41 +67,44 @@ def build(family: str, variant: str) -> Any:
         y = i64_at(args + args_of.scratch) + ith * i64_at(args + args_of.scratch_bytes)
         to_arrays = packed(args)
         as_rows = n_tok < i64_at(step + step_of.tile_min)
+        together = neighbours(n_tok)
+        n_chunks = (n_tok + together - 1) // together
         while True:
-            t = take(args, turn, n_tok)
-            if t < 0:
+            start = take(args, turn, n_chunks) * together
+            if start < 0:
                 break
-            r = t
-            if rows != 0:
-                r = i32_at(i64_at(step + rows) + t * 4)
-            for first in range(0, k, group):
-                x, to = src + (r * k + first) * 4, y + first * 4
-                w = weight + (first % n_weight) * 4
-                b = bias + (first % n_weight) * 4
-                mean = mean_of(x, group) if layer else 0.0
-                scale = gain / sqrt(squares(x, mean, group) + eps)
-                i = 0
-                while i + lanes <= group:
-                    v = load_f32(x + i * 4, lanes)
-                    if layer:
-                        v = v - splat_f32(mean, lanes)
-                    v = v * splat_f32(scale, lanes) * load_f32(w + i * 4, lanes)
-                    if bias != 0:
-                        v = v + load_f32(b + i * 4, lanes)
-                    store(to + i * 4, v)
-                    i += lanes
-                while i < group:
-                    value = (f32_at(x + i * 4) - mean) * scale * f32_at(w + i * 4)
-                    if bias != 0:
-                        value += f32_at(b + i * 4)
-                    put_f32(to + i * 4, value)
-                    i += 1
-            if out != 0:
-                for i in range(k):
-                    at = out + (t * k + i) * 4
-                    put_f32(at, f32_at(y + i * 4) + (f32_at(at) if add != 0 else 0.0))
-            pack_span(y, 0, k, k, t, n_tok, as_rows, to_arrays)
+            for t in range(start, min(start + together, n_tok)):
+                r = t
+                if rows != 0:
+                    r = i32_at(i64_at(step + rows) + t * 4)
+                for first in range(0, k, group):
+                    x, to = src + (r * k + first) * 4, y + first * 4
+                    w = weight + (first % n_weight) * 4
+                    b = bias + (first % n_weight) * 4
+                    mean = mean_of(x, group) if layer else 0.0
+                    scale = gain / sqrt(squares(x, mean, group) + eps)
+                    i = 0
+                    while i + lanes <= group:
+                        v = load_f32(x + i * 4, lanes)
+                        if layer:
+                            v = v - splat_f32(mean, lanes)
+                        v = v * splat_f32(scale, lanes) * load_f32(w + i * 4, lanes)
+                        if bias != 0:
+                            v = v + load_f32(b + i * 4, lanes)
+                        store(to + i * 4, v)
+                        i += lanes
+                    while i < group:
+                        value = (f32_at(x + i * 4) - mean) * scale * f32_at(w + i * 4)
+                        if bias != 0:
+                            value += f32_at(b + i * 4)
+                        put_f32(to + i * 4, value)
+                        i += 1
+                if out != 0:
+                    for i in range(k):
+                        at = out + (t * k + i) * 4
+                        put_f32(at, f32_at(y + i * 4) + (f32_at(at) if add != 0 else 0.0))
+                pack_span(y, 0, k, k, t, n_tok, as_rows, to_arrays)
             finish(args)
-        return n_tok
+        return n_chunks
 
     return norm

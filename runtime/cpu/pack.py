@@ -44,6 +44,12 @@ def arrays(args_of: Any) -> Any:
 
 
 @inline
+def neighbours(n_tok):
+    """Tokens that a thread takes together, so that two threads do not write to one cache line: blocks are no lines."""
+    return 4 if n_tok >= 16 else 1
+
+
+@inline
 def pack_blocks(src, begin, end, k, t, n_tok, xb):
     """Pack activations begin..end of token t of n_tok into blocks."""
     first = t // _tile * _tile
@@ -155,40 +161,41 @@ def build(family: str, variant: str) -> Any:
         if choice != 0:
             k = i64_at(choice + choice_of.count)
         parts = (k + segment - 1) // segment
-        n_chunks = n_tok * parts
+        together = neighbours(n_tok)
+        n_chunks = (n_tok + together - 1) // together * parts
         while True:
             c = take(args, turn, n_chunks)
             if c < 0:
                 break
-            t = c // parts
+            first = c // parts * together
             begin = (c % parts) * segment
             end = min(begin + segment, k)
-            row = src + t * stride * 4
-            if pairs != 0:
-                token = i32_at(pairs + t * 4)
-                if token < 0:
-                    finish(args)
-                    continue
-                if not activate:
-                    row = src + token * stride * 4
-            if activate:
-                # In place: the gate projection is not needed again.
-                other = second + t * stride * 4 if second != 0 else 0
-                score = scores + t * stride * 4 if scores != 0 else 0
-                i = begin
-                while i + lanes <= end:
-                    at = i * 4
-                    up = other + at if other != 0 else 0
-                    mask = score + at if score != 0 else 0
-                    store(row + at, neurons(row + at, up, mask, cut + at, threshold, lanes))
-                    i += lanes
-                while i < end:
-                    at = i * 4
-                    up = other + at if other != 0 else 0
-                    mask = score + at if score != 0 else 0
-                    put_f32(row + at, hsum(neurons(row + at, up, mask, cut + at, threshold, 1)))
-                    i += 1
-            pack_span(row, begin, end, k, t, n_tok, as_rows, to)
+            for t in range(first, min(first + together, n_tok)):
+                row = src + t * stride * 4
+                if pairs != 0:
+                    token = i32_at(pairs + t * 4)
+                    if token < 0:
+                        continue
+                    if not activate:
+                        row = src + token * stride * 4
+                if activate:
+                    # In place: the gate projection is not needed again.
+                    other = second + t * stride * 4 if second != 0 else 0
+                    score = scores + t * stride * 4 if scores != 0 else 0
+                    i = begin
+                    while i + lanes <= end:
+                        at = i * 4
+                        up = other + at if other != 0 else 0
+                        mask = score + at if score != 0 else 0
+                        store(row + at, neurons(row + at, up, mask, cut + at, threshold, lanes))
+                        i += lanes
+                    while i < end:
+                        at = i * 4
+                        up = other + at if other != 0 else 0
+                        mask = score + at if score != 0 else 0
+                        put_f32(row + at, hsum(neurons(row + at, up, mask, cut + at, threshold, 1)))
+                        i += 1
+                pack_span(row, begin, end, k, t, n_tok, as_rows, to)
             finish(args)
         return n_chunks
 
