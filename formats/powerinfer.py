@@ -101,6 +101,13 @@ class PowerInferImage(GGUFFile):
         """Memory address of the tensor's first byte; valid until the model is closed."""
         return int(self.data(name).__array_interface__["data"][0])
 
+    def release(self, name: str) -> None:
+        """Let the memory go that holds the tensor's bytes; they are read from the file again when wanted."""
+        if self._over is not None and name in self._over.tensors:
+            self._over.release(name)
+        elif source := self._names.get(name, name):
+            self._model.release(source)
+
     @property
     def closed(self) -> bool:
         """Whether the model was closed."""

@@ -21,7 +21,7 @@ from .tensors import Tensors
 LOADS = ("auto", "mmap", "copy")
 _SHARE = 0.75  # of the free memory, the most that a copy not asked for may take
 _LINE = 64
-_LARGE = 2**30  # bytes of weights that take long enough to say how far it is
+_BATCH = 256 << 20  # bytes
 _SCRATCH = 16 << 10  # bytes a thread, for 256 columns of a band
 
 
@@ -41,7 +41,10 @@ def wanted_bands(graph: Graph, tensors: Tensors) -> list[str]:
     return [
         name
         for name, ops in readers.items()
-        if ops <= {"matmul", "embed"} and "matmul" in ops and GROUPS.get(tensors.info(name).type.name, 0)
+        if ops <= {"matmul", "embed"}
+        and "matmul" in ops
+        and not tensors.made(name)
+        and GROUPS.get(tensors.info(name).type.name, 0)
     ]
 
 
@@ -64,25 +67,39 @@ def add_bands(
     total, free = sum(sizes.values()), available_bytes()
     if not total:
         return
-    if free is not None and total > (free if load == "copy" else max(0.0, _SHARE * (free - other_bytes))):
-        needs = f"a copy of the weights takes {total / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    needs = f"a copy of the weights takes {total / 2**30:.1f} GiB"
+    try:
+        if free is not None and total > (free if load == "copy" else max(0.0, _SHARE * (free - other_bytes))):
+            raise MemoryError(f"{free / 2**30:.1f} GiB are free")
+        memory = large_pages(total)
+    except (MemoryError, OSError) as error:
         if load == "copy":
-            raise ParameterError(f"load: got copy, but {needs}; use mmap")
-        warnings.warn(f"weights are read from the mapped file, which is slower: {needs}", stacklevel=2)
+            raise ParameterError(f"load: got copy, but {needs} and {error}; use mmap") from None
+        warnings.warn(f"weights are read from the mapped file, which is slower: {needs} and {error}", stacklevel=2)
         return
     kinds = {name: tensors.info(name).type.name for name in names}
     kernels = jit.load(["walk", *sorted({f"weave:{kind}" for kind in kinds.values()})], progress=progress)
-    memory, at, told = large_pages(total), 0, 0
+    at, begun = 0, 0
+    batch: list[str] = []  # woven at a time, so that not all of the file has to be in memory too
     for name in names:
-        if progress and total >= _LARGE and (tenth := 10 * at // total) > told:
-            told = tenth
-            progress(f"loading weights {10 * told}%")
-        info, place = tensors.info(name), memory[at : at + sizes[name]]
+        tensors.add_bands(name, memory[at : at + sizes[name]])
         at += sizes[name]
-        fields = {"w": tensors.address(name), "out": place.ctypes.data, "k": info.shape[0], "n": info.n_rows}
-        run_once(kernels["walk"], [(kernels[f"weave:{kinds[name]}"], Weave, fields)], n_threads, _SCRATCH)
-        tensors.release(name)
-        tensors.add_bands(name, place)
+        batch.append(name)
+        if at - begun < _BATCH and at < total:
+            continue
+        ops = [(kernels[f"weave:{kinds[each]}"], Weave, _fields(tensors, each)) for each in batch]
+        run_once(kernels["walk"], ops, n_threads, _SCRATCH)
+        for each in batch:
+            tensors.release(each)
+        batch, begun = [], at
+        if progress and total > _BATCH:
+            progress(f"loading weights {100 * at // total}%")
+
+
+def _fields(tensors: Tensors, name: str) -> dict[str, int]:
+    info, to = tensors.info(name), tensors.bands(name)
+    assert to is not None
+    return {"w": tensors.address(name), "out": to, "k": info.shape[0], "n": info.n_rows}
 
 
 def _band_bytes(tensors: Tensors, name: str, lanes: int) -> int:

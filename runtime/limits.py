@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import statistics
 import time
 from collections.abc import Sequence as Seq
@@ -10,16 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..formats.pages import ask_for_large
 from .cpu import isa, jit
 from .cpu.layout import PEAK_BYTES, PEAK_TILE, Read, Row, Step
 from .cpu.threads import ThreadPool
-from .memory import ALIGNMENT, aligned
+from .memory import ALIGNMENT, aligned, large_pages
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-_PAGE = 2 << 20
 _SLOTS = 2 * ALIGNMENT // 8  # int64 slots of a record
 _PEAK_STEPS = 1 << 18  # some milliseconds
 
@@ -79,10 +76,7 @@ class Reader(_Work):
 
 def read_rate(n_threads: int, nbytes: int, rounds: int, progress: jit.Progress | None = None) -> float:
     """Bytes a second that threads read of memory in large pages, where there are any: the best of a few rounds."""
-    memory = mmap.mmap(-1, nbytes + _PAGE)
-    ask_for_large(memory)
-    array = np.frombuffer(memory, np.uint8)
-    array = array[-array.ctypes.data % _PAGE :][:nbytes]
+    array = large_pages(nbytes)
     array[:] = 1
     reader = Reader([(array.ctypes.data, nbytes)], n_threads, progress)
     try:

@@ -24,8 +24,12 @@ def aligned(nbytes: int, zero: bool = False) -> np.ndarray:
 
 
 def large_pages(nbytes: int) -> np.ndarray:
-    """A uint8 array of zeros in pages of 2 MiB, where the system has them; untouched pages cost no memory."""
-    memory = mmap.mmap(-1, nbytes + LARGE_PAGE + _SLACK)
+    """A uint8 array of zeros in pages of 2 MiB, where the system has them; untouched pages cost no memory.
+
+    OSError where there is not as much memory.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, nbytes + LARGE_PAGE + _SLACK, **private)  # shared memory would have small pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

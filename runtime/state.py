@@ -170,7 +170,7 @@ class Saved:
             raise FormatError(self.path, "magic", repr(raw[:8]), f"{MAGIC!r}, as saved states have it")
         _, version, own, keys, values, layers, block, key_bytes, value_bytes, n_blocks = _HEAD.unpack(raw)
         if version != VERSION:
-            raise FormatError(self.path, "version", version, f"{VERSION}; save the state again with this hotcold")
+            raise FormatError(self.path, "version", version, f"{VERSION}; delete it, or save it anew")
         geometry = _geometry(self._cache)
         if own != identity(self._engine) or layers != geometry[0] or block != KV_BLOCK:
             name = f"{self._engine.config.name!r:.60}"

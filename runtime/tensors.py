@@ -40,6 +40,10 @@ class Tensors:
         """Memory address of a matrix' bands, None where it has none."""
         return int(self._bands[name].ctypes.data) if name in self._bands else None
 
+    def made(self, name: str) -> bool:
+        """Whether a tensor is in no file."""
+        return name in self._made
+
     def __contains__(self, name: str) -> bool:
         return name in self._made or any(name in file for file in self.files)
 

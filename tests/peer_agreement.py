@@ -27,14 +27,15 @@ TEMPLATE = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-# Chosen among 44 for the peer's own certainty: its two best logits are at least 0.25 apart in each of the
-# first 16 steps, so that equality tests the arithmetic and not how a near-tie happened to round.
+# Chosen among 60 for the peer's own certainty: the five in whose first 16 steps its two best logits are farthest apart
+# (0.43 at least; rounding activations to 8 bits moves logits by 0.3 in the mean), so that equality tests the
+# arithmetic and not how a near-tie happened to round.
 QUESTIONS = (
+    "What is a black hole?",
+    "Write a SQL query that selects all users.",
+    "Write a JavaScript function that adds two numbers.",
     "What is democracy?",
     "Write a Python function that computes the factorial of a number.",
-    "What is gravity?",
-    "Write a C program that prints Hello World.",
-    "Give me a recipe for pancakes.",
 )
 
 

@@ -23,7 +23,7 @@ from . import isa
 
 SYMBOL = "hotcold_kernel"
 # Families that take longest to compile, the slowest first: begun last, one of them would keep a single core waiting.
-SLOW = ("packed", "experts", "matmul", "matmul_t", "attention", "rows", "down", "encode", "activate", "norm")
+SLOW = ("attention", "bands", "experts", "matmul", "matmul_t", "rows", "down", "encode", "activate", "norm")
 Progress = Callable[[str], None]
 _lock = threading.Lock()
 _loaded: dict[tuple[str, str], Any] = {}
@@ -190,7 +190,8 @@ def _compile(level: str, names: list[str], progress: Progress | None) -> None:
             elif line.strip():
                 trace.append(line)
         if child.wait() != 0:
-            waiting.clear()
+            with tell:
+                waiting.clear()
             errors.append(trace[-1].strip() if trace else f"exit status {child.returncode}")
             if os.environ.get("HOTCOLD_DEBUG"):
                 sys.stderr.writelines(trace)

@@ -51,7 +51,6 @@ f32_at = _scalar_load(types.float32, F32)
 f64_at = _scalar_load(types.float64, ir.DoubleType())
 i8_at = _scalar_load(types.int32, I8, lambda b, v: b.sext(v, I32))
 u8_at = _scalar_load(types.int32, I8, lambda b, v: b.zext(v, I32))
-u16_at = _scalar_load(types.int32, I16, lambda b, v: b.zext(v, I32))
 f16_at = _scalar_load(types.float32, I16, _half_scalar)
 
 

@@ -180,7 +180,6 @@ def _convert(elt, emit):
 to_f32 = _convert("f32", lambda b, v, t: b.sitofp(v, t))  # from i32, or signed i8
 unsigned_to_f32 = _convert("f32", lambda b, v, t: b.uitofp(v, t))
 to_i32 = _convert("i32", lambda b, v, t: b.fptosi(v, t))  # toward zero
-widen = _convert("i32", lambda b, v, t: b.sext(v, t))
 narrow_i8 = _convert("i8", lambda b, v, t: b.trunc(v, t))
 narrow_i16 = _convert("i16", lambda b, v, t: b.trunc(v, t))
 as_f32 = _convert("f32", lambda b, v, t: b.bitcast(v, t))

@@ -59,6 +59,8 @@ def take_near(args, turn, n, ith, place):
             front, back = used & 0xFFFF, used >> 16
             if begin + front >= end - back:
                 break
+            if atomic_get(args) >> 32 != turn:  # n may be the next step's already, and the word not yet
+                return -1
             if i == 0:
                 if atomic_swap(word, value, (turn << 32) | (used + 1)):
                     return begin + front

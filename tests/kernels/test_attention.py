@@ -186,10 +186,28 @@ def test_several_sequences(level: str, n_threads: int) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("types", [F16, ("q8_0", "q4_0")])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "window", "n_threads"),
+    [
+        ([(1025, 1)], Heads(6, 2, 32, 32), 0, 3),
+        ([(2100, 5), (1500, 1), (40, 1)], Heads(8, 1, 32, 32), 0, 64),
+        ([(2100, 70)], Heads(4, 2, 32, 64), 1500, 2),
+        ([(1100, 1)] * 66, Heads(4, 2, 32, 32), 0, 3),
+    ],
+)
+def test_parts(
+    level: str, types: tuple[str, str], lengths: list[tuple[int, int]], heads: Heads, window: int, n_threads: int
+) -> None:
+    """Contexts of several parts, which several threads compute and the last one merges."""
+    check(level, lengths, heads, window, n_threads, 20.0 if window else 0.0, types)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_threads_and_places_change_nothing(level: str) -> None:
     heads = Heads(9, 3, 64, 64)
     for types in (F16, ("q8_0", "q4_0")):
-        case = make_case([(300, 37), (600, 1)], heads, np.random.default_rng(1))
+        case = make_case([(300, 37), (2100, 9), (1500, 1)], heads, np.random.default_rng(1))
         alone = attend(level, case, heads, 0.125, types=types)
         for n_threads, seed, n_parts in ((2, 0, 1 << 12), (3, 7, 1 << 12), (1, 8, 0), (2, 9, 0)):
             other = attend(level, case, heads, 0.125, 0, n_threads, seed, types=types, n_parts=n_parts)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import powerinfer_files
 import pytest
 
 from hotcold import LLM, Engine
 from hotcold.formats.errors import ParameterError
 from hotcold.runtime import bands
+from hotcold.runtime.memory import large_pages
 
 Make = Callable[..., Path]
 IDS = [int(i) for i in np.random.default_rng(3).integers(5, 290, 75)]
@@ -88,6 +90,50 @@ def test_short_memory(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(bands, "available_bytes", lambda: None)  # nobody tells
     with Engine(path, n_ctx=64) as engine:
         assert set(ops(engine).values()) == {"bands"}
+
+
+def test_memory_that_the_system_does_not_give(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tiny_model(qtype="Q8_0")
+
+    def refuse(nbytes: int) -> np.ndarray:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(bands, "large_pages", refuse)
+    with pytest.warns(UserWarning, match="the mapped file, which is slower: .* Cannot allocate memory"):
+        engine = Engine(path, n_ctx=64)
+    with engine:
+        assert set(ops(engine).values()) == {"rows"}
+    with pytest.raises(ParameterError, match="load: got copy, but .* Cannot allocate memory; use mmap"):
+        Engine(path, n_ctx=64, load="copy")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells")
+def test_large_pages_are_large() -> None:
+    """Where the system makes them for whom asks; memory of a mapping that is shared would have none."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("the system has none")
+    before = anonymous_large()
+    array = large_pages(32 << 20)
+    array[:] = 1
+    assert anonymous_large() > before
+
+
+def anonymous_large() -> int:
+    """kB of this process in large anonymous pages."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("load", ["mmap", "copy"])
+def test_powerinfer_files(tmp_path: Path, kind: str, load: str) -> None:
+    """Their predictors are matrices of another file's names."""
+    path = powerinfer_files.Tiny(qtype=kind).write(tmp_path / "tiny.powerinfer.gguf")
+    with Engine(path, n_ctx=64, sparsity="predict", load=load) as engine:
+        engine.eval(engine.new_sequence(), [5, 6, 7])
+        forms = [form for name, form in ops(engine).items() if "ffn_pred" in name]
+        assert forms and set(forms) == {"bands" if load == "copy" else "rows"}
 
 
 def test_another_word(tiny_model: Make) -> None:

@@ -45,8 +45,8 @@ def test_the_golden_data_is_large_enough() -> None:
     assert len(GOLDEN["prompts"]) == 5
     for case in GOLDEN["prompts"]:
         assert len(case["ids"]) >= N_COMPARED
-        # Runtimes differ by about 0.1 through rounding; a smaller gap would make equality a matter of luck.
-        assert case["smallest_gap_of_16"] >= 0.25
+        # Activations in 8 bits move logits by 0.3 in the mean; a smaller gap would make equality a matter of luck.
+        assert case["smallest_gap_of_16"] >= 0.4
 
 
 @CASES

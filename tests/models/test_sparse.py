@@ -178,8 +178,9 @@ def thresholds(values: list[list[float]], densities: list[float]) -> Contents:
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
 def test_threshold_drops_what_is_below(tiny_model: MakeModel, tmp_path: Path, activation: str) -> None:
     plain = tiny_model(metadata={"llama.hidden_activation": activation})
-    path = with_section(plain, tmp_path / "m.gguf", thresholds([[0.15, 0.2], [0.3, 0.4]], [0.5, 0.25]))
-    for density, chosen in ((0.5, [0.15, 0.2]), (0.25, [0.3, 0.4]), (0.375, [0.225, 0.3])):
+    # no gate of these models is so near to one of them that float32 rounding decides
+    path = with_section(plain, tmp_path / "m.gguf", thresholds([[0.16, 0.2], [0.3, 0.4]], [0.5, 0.25]))
+    for density, chosen in ((0.5, [0.16, 0.2]), (0.25, [0.3, 0.4]), (0.375, [0.23, 0.3])):
         model = oracle(path, thresholds=chosen)
         wanted = model.forward(IDS)
         assert 0.05 < np.mean(model.active) < 0.9

@@ -90,12 +90,19 @@ def run_page(page: str, url: str, model: str, folder: Path) -> str:
 
 
 def test_every_page_is_run() -> None:
-    assert {path.name for path in DOCS.glob("*.md")} == set(PAGES)
+    assert {path.name for path in DOCS.glob("*.md")} == {*PAGES, "performance.md"}
     for page in PAGES:
         fences = re.findall(r"^```(.*)$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
         assert set(fences[::2]) <= {"python", "sh", "console"} and set(fences[1::2]) == {""}
         for block in blocks(page, "sh"):
             assert block.startswith(("curl ", "llm ", "hotcold serve smollm2")), "neither run nor started"
+
+
+def test_the_script_that_says_where_time_goes(model: str, tmp_path: Path) -> None:
+    (script,) = blocks("performance.md", "python")
+    output = run_python(f"import sys\nsys.argv.append({model!r})\n{script}", tmp_path)
+    shares = [float(line.split("%")[0]) for line in output.splitlines()]
+    assert shares == sorted(shares, reverse=True) and 99 < sum(shares) < 101 and "attention" in output
 
 
 def test_pictures_are_small() -> None:

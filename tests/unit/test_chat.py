@@ -183,7 +183,7 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     opened: list[Any] = []
 
     @contextmanager
-    def open_llm(*arguments: Any, lookup: int) -> Generator[Any, None, None]:
+    def open_llm(*arguments: Any, lookup: int, **settings: Any) -> Generator[Any, None, None]:
         opened.append(arguments)
         yield fakes.make(fakes.saying(*HELLO))
 

@@ -71,7 +71,7 @@ def test_perplexity(
     engine = Predictor(path, 320)
 
     @contextmanager
-    def open_engine(*arguments: Any) -> Generator[Any, None, None]:
+    def open_engine(*arguments: Any, **settings: Any) -> Generator[Any, None, None]:
         yield engine
 
     monkeypatch.setattr(console, "open_engine", open_engine)
