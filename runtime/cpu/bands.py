@@ -17,7 +17,7 @@ from .tape import finish, take_near
 from .vector import LANES
 from .weights import PLAIN, SUPER, Super, inline
 
-AHEAD = 8192  # bytes of weights to prefetch ahead: two pages, where the hardware's own stops at one
+AHEAD = 16384  # bytes of weights to prefetch ahead: what two loaded threads have under way, and more than a page
 
 
 def _extend(t: Any, group: int) -> Any:
