@@ -56,10 +56,10 @@ class LLM(Texts, Completions, Embedder, Stateful):
     prompts began with: taken up at the start if it is there, written by close(). trace: notes what ran when. progress:
     takes lines about slow steps (verbose sends them to stderr).
 
-    The same prompt, settings and seed give the same text, on a new LLM and on one that answered other prompts
-    before, alone and among other answers. Only a prompt that goes on after an answer takes that answer's tokens from
-    the cache, where they were computed one by one, and may differ by rounding from what a new LLM would say. With
-    sparse FFNs rounding differs too by who else is answered, since tokens of one step share a list of neurons.
+    The same prompt, settings, seed and form of the weights (load) give the same text, on a new LLM and on one that
+    answered other prompts before, alone and among other answers. Two things round otherwise. A prompt that goes on
+    after an answer takes that answer's tokens from the cache, where they were computed one by one: the same bits with
+    copied weights, but not with mapped or float ones. And with sparse FFNs tokens of one step share a list of neurons.
 
     Any number of threads and tasks may call. A stream is computed as it is read, at most answer.UNREAD pieces ahead;
     one that nobody reads gives its place to others.
