@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def ask_for_large(mapping: mmap.mmap) -> None:
-    """Have what is read through a mapping from now on cached in large pages, if the system can."""
+    """Have what is read or written through a mapping from now on lie in large pages, if the system can."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel or file system without them
             mapping.madvise(mmap.MADV_HUGEPAGE)

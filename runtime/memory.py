@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..formats.pages import ask_for_large
+
 ALIGNMENT = 64  # a cache line, and the widest vector
 LARGE_PAGE = 2 << 20
 _SLACK = 64  # kernels may read (never write) one vector past the end
@@ -30,9 +32,7 @@ def large_pages(nbytes: int) -> np.ndarray:
     """
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, nbytes + LARGE_PAGE + _SLACK, **private)  # shared memory would have small pages
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+    ask_for_large(memory)
     raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % LARGE_PAGE
     return raw[start : start + nbytes]

@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Protocol
 from hotcold import Engine
 from hotcold.runtime.cpu.threads import default_threads
 from hotcold.runtime.models import resolve
-from hotcold.tools.bench import Theirs, token_ids
+from hotcold.tools.bench import Theirs, Timed, token_ids
 
 BAR = 0.4  # of the quiet speed
 N_CTX = 512
@@ -32,24 +31,6 @@ MOST = N_CTX - 8  # tokens of a measurement
 
 class Side(Protocol):
     def decode(self, first: int, n: int) -> float: ...
-
-
-class Ours:
-    """The engine in this process."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def decode(self, first: int, n: int) -> float:
-        """Seconds for n one-token steps from an empty cache, greedy after `first`."""
-        sequence, token = self.engine.new_sequence(), first
-        try:
-            start = time.perf_counter()
-            for _ in range(n):
-                token = int(self.engine.eval(sequence, [token])[0].argmax())
-            return time.perf_counter() - start
-        finally:
-            sequence.close()
 
 
 @contextmanager
@@ -83,7 +64,7 @@ def main() -> None:
         path = resolve(model)
         with ExitStack() as stack:
             engine = stack.enter_context(Engine(path, n_ctx=N_CTX, n_threads=options.threads))
-            sides: dict[str, Side] = {"hotcold": Ours(engine)}
+            sides: dict[str, Side] = {"hotcold": Timed(engine)}
             if options.peer_python:
                 theirs = Theirs(options.peer_python, path, N_CTX, options.threads, engine.n_vocab)
                 stack.callback(theirs.close)

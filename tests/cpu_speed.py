@@ -27,7 +27,7 @@ from hotcold import Engine
 from hotcold.runtime.cpu import isa
 from hotcold.runtime.limits import Reader, bytes_outside_ffn, product_rate, reader_of, weights
 from hotcold.runtime.models import resolve
-from hotcold.tools.bench import PAUSE_S, Side, Theirs, token_ids
+from hotcold.tools.bench import PAUSE_S, Side, Theirs, Timed, token_ids
 
 READ_S = 0.1
 SMALL = 1 << 28  # bytes of a model that gets one long prompt and a long decode
@@ -36,32 +36,12 @@ DECODE = "| model | threads | decode tok/s | GB/s | reading, GB/s | of reading |
 PROMPT = "| model | threads | prompt | tok/s | GMAC/s | peak, GMAC/s | of peak | llama.cpp | ratio |"
 
 
-class Ours:
+class Ours(Timed):
     """The engine in this process, and a reader of its weights."""
 
     def __init__(self, engine: Engine, reader: Reader) -> None:
-        self.engine, self.reader = engine, reader
-
-    def prompt(self, ids: list[int]) -> float:
-        """Seconds to evaluate ids from an empty cache."""
-        sequence = self.engine.new_sequence()
-        try:
-            start = time.perf_counter()
-            self.engine.eval(sequence, ids)
-            return time.perf_counter() - start
-        finally:
-            sequence.close()
-
-    def decode(self, first: int, n: int) -> float:
-        """Seconds for n one-token steps from an empty cache, greedy after `first`."""
-        sequence, token = self.engine.new_sequence(), first
-        try:
-            start = time.perf_counter()
-            for _ in range(n):
-                token = int(self.engine.eval(sequence, [token])[0].argmax())
-            return time.perf_counter() - start
-        finally:
-            sequence.close()
+        super().__init__(engine)
+        self.reader = reader
 
     def read_rate(self) -> float:
         """Bytes a second."""

@@ -68,8 +68,41 @@ class Side(Protocol):
     def peak_rss(self) -> int | None: ...
 
 
-class Ours:
-    """The engine in this process."""
+class Timed:
+    """What an engine in this process takes."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def prompt(self, ids: list[int]) -> float:
+        """Seconds to evaluate ids from an empty cache."""
+        return self._timed(lambda sequence: self._next(sequence, ids))
+
+    def decode(self, first: int, n: int) -> float:
+        """Seconds for n one-token steps from an empty cache, greedy after `first`."""
+
+        def steps(sequence: Sequence) -> None:
+            token = first
+            for _ in range(n):
+                token = self._next(sequence, [token])
+
+        return self._timed(steps)
+
+    def _next(self, sequence: Sequence, ids: list[int]) -> int:
+        return int(self.engine.eval(sequence, ids)[0].argmax())
+
+    def _timed(self, work: Callable[[Sequence], object]) -> float:
+        sequence = self.engine.new_sequence()
+        try:
+            start = time.perf_counter()
+            work(sequence)
+            return time.perf_counter() - start
+        finally:
+            sequence.close()
+
+
+class Ours(Timed):
+    """The engine in this process, opened and measured as a user would have it."""
 
     def __init__(
         self,
@@ -107,7 +140,7 @@ class Ours:
                 progress=status,
             )
 
-        self.engine: Engine = stack.enter_context(opened(gpu, path, n_ctx, n_threads, sparsity, status, make))
+        super().__init__(stack.enter_context(opened(gpu, path, n_ctx, n_threads, sparsity, status, make)))
         self.load_s += time.perf_counter()
         self.first_token_s = self.load_s + self.prompt(token_ids(self.engine.n_vocab, SHORT_PROMPT))
         self.reader: Reader | None = None
@@ -116,20 +149,6 @@ class Ours:
             stack.callback(self.reader.close)
             self.outside_ffn = bytes_outside_ffn(self.engine)
         status.clear()
-
-    def prompt(self, ids: list[int]) -> float:
-        """Seconds to evaluate ids from an empty cache."""
-        return self._timed(lambda sequence: self._next(sequence, ids))
-
-    def decode(self, first: int, n: int) -> float:
-        """Seconds for n one-token steps from an empty cache, greedy after `first`."""
-
-        def steps(sequence: Sequence) -> None:
-            token = first
-            for _ in range(n):
-                token = self._next(sequence, [token])
-
-        return self._timed(steps)
 
     def read_rate(self) -> float | None:
         """Bytes a second at which as many threads read the weights and do nothing else; None if a GPU has a part."""
@@ -152,18 +171,6 @@ class Ours:
     def peak_rss(self) -> int | None:
         """Peak resident bytes of this process, mapped model included."""
         return peak_rss()
-
-    def _next(self, sequence: Sequence, ids: list[int]) -> int:
-        return int(self.engine.eval(sequence, ids)[0].argmax())
-
-    def _timed(self, work: Callable[[Sequence], object]) -> float:
-        sequence = self.engine.new_sequence()
-        try:
-            start = time.perf_counter()
-            work(sequence)
-            return time.perf_counter() - start
-        finally:
-            sequence.close()
 
 
 class Theirs:
