@@ -57,6 +57,9 @@ GATED = both(weights(ffn_gate="n_embd n_ff"), UP_DOWN)
 FUSED_GATED = weights(ffn_up="n_embd n_gate_up", ffn_down="n_ff n_embd")  # the gate's rows, then up's
 UP_DOWN_BIAS = biases(ffn_up="n_ff", ffn_down="n_embd")
 GATED_BIAS = both(biases(ffn_gate="n_ff"), UP_DOWN_BIAS)
+BYPASS, BYPASS_BIAS = weights(ffn_bypass="n_embd n_embd"), biases(ffn_bypass="n_embd")
+"""A linear map of the FFN's input, added to what its neurons make of it: any family with an FFN of its own may have it
+(ReLU models that `hotcold relufy` made do)."""
 EXPERTS = weights(
     ffn_gate_inp="n_embd n_expert",
     ffn_gate_exps="n_embd n_one n_expert",

@@ -66,7 +66,7 @@ class ModelConfig:
     windows: tuple[int, ...]  # by layer, the tokens that a token sees, itself included; 0 = all
     attn_scale: float
     activation: str  # of the FFN: silu, gelu (tanh form), gelu_erf, relu, relu2 (squared), or drelu (gate and up both)
-    activation_floor: float  # an activated gate below it counts as 0 (FATReLU, arXiv:2002.08561; ProSparse); 0: none
+    activation_floors: tuple[float, ...]  # by layer: an activated gate below it counts as 0 (FATReLU); 0: none
     tensors: frozenset[str]  # names of those that the file has, of the first block for all; fused ones taken apart
     whole_head_norms: bool = False  # norms of q and k are over all heads at once
     local_base: float = 0.0  # rope base of layers with a window, which are not scaled then; 0: as all others
@@ -149,8 +149,9 @@ class _Reader:
             raise self.error(key, rope_dim, f"an even number up to the head size {head_dim_k}")
         n_ctx_train = self.integer("context_length", 1)
         model, block = groups(file, row)
-        if self.n_layer * len(block) > len(file.tensors):  # before it is used as a loop count
-            most = len(file.tensors) // len(block)
+        each = sum(not name.startswith("ffn_bypass.") for name in block)
+        if self.n_layer * each > len(file.tensors):  # before it is used as a loop count
+            most = len(file.tensors) // each
             wanted = f"at most {most}, as there are {len(file.tensors)} tensors"
             raise self.error(f"{row.name}.block_count", self.n_layer, wanted)
         n_expert, n_used, n_one = self.experts(block)
@@ -179,7 +180,7 @@ class _Reader:
             windows=windows,
             attn_scale=self.number("attention.scale", 0.0, 0.0, 1e6) or 1.0 / math.sqrt(n_wide),
             activation=self.activation(),
-            activation_floor=self.number("hidden_activation_threshold", 0.0, 0.0, 1e6),
+            activation_floors=self.floors(),
             tensors=frozenset(model) | unfused(block),
             whole_head_norms=block.get("attn_q_norm.weight") == WHOLE_NORMS["attn_q_norm.weight"],
             local_base=self.local_base(windows),
@@ -348,6 +349,18 @@ class _Reader:
         if said not in _ACTIVATIONS:
             raise self.unsupported(f"{key} = {show(said)} is not supported; supported: {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[said]
+
+    def floors(self) -> tuple[float, ...]:
+        """What each layer's activated gates must reach (arXiv:2002.08561): one number for all, or one for each."""
+        key = f"{self.row.name}.hidden_activation_threshold"
+        said = self.file.metadata.get(key)
+        if not isinstance(said, np.ndarray):
+            return (self.number("hidden_activation_threshold", 0.0, 0.0, 1e6),) * self.n_layer
+        if said.size != self.n_layer:
+            raise self.error(key, f"{said.size} values", f"one for each of {self.n_layer} layers")
+        if said.dtype.kind != "f" or not ((said >= 0) & (said <= 1e6)).all():  # a NaN is in no range
+            raise self.error(key, show(said), "numbers from 0 to 1e+06")
+        return tuple(map(float, said))
 
     def sampling(self) -> dict[str, float | int]:
         prefix = "general.sampling."

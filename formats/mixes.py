@@ -203,6 +203,7 @@ _KINDS = {
     "attn_k.weight": "attn_k",
     "attn_output.weight": "attn_output",
     "ffn_down": "ffn_down",
+    "ffn_bypass": "ffn_down",  # not in llama.cpp; what it makes goes the same way
 }
 # Matrices that stay as they are, by part of the name: expert routers, position and segment embeddings, small ones of
 # other families.

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .architecture_terms import EMBEDDING, FUSED, FUSED_GATED, MODEL_WIDE, Architecture, Group, Shape
+from .architecture_terms import (
+    BYPASS,
+    BYPASS_BIAS,
+    EMBEDDING,
+    EXPERTS,
+    FUSED,
+    FUSED_GATED,
+    MODEL_WIDE,
+    Architecture,
+    Group,
+    Shape,
+)
 from .errors import FormatError, UnsupportedError
 from .gguf import GGUFFile, TensorInfo
 from .gguf_header import show
@@ -49,7 +60,7 @@ def dimensions(
 def groups(file: GGUFFile, row: Architecture) -> tuple[Group, Group]:
     """The model-wide and the block tensors that this file has to have: of the optional ones, those that it has one of.
 
-    UnsupportedError where it has some tensors of a group and lacks others.
+    UnsupportedError where it has some tensors of a group and lacks others, or a bypass of experts.
     """
     there = {name.removeprefix("blk.0.") for name in file.tensors}
     chosen = [EMBEDDING, row.required, *(group for group in row.optional if there & set(group))]
@@ -58,10 +69,20 @@ def groups(file: GGUFFile, row: Architecture) -> tuple[Group, Group]:
         if missing := set(group) - there:
             has, lacks = show(min(there & set(group))), show(min(missing))
             raise UnsupportedError(f"{file.path}: {has} without {lacks} is not supported")
+    if bypass := _bypass(file):
+        if chosen[-1] is EXPERTS:
+            raise UnsupportedError(f"{file.path}: a bypass (ffn_bypass) beside experts is not supported")
+        chosen += bypass
     wanted = {name: shape for group in chosen for name, shape in group.items()}
     model = {name: shape for name, shape in wanted.items() if name in MODEL_WIDE}
     block = {name: shape for name, shape in wanted.items() if name not in MODEL_WIDE}
     return model, own_block(block) if file.powerinfer else block
+
+
+def _bypass(file: GGUFFile) -> list[Group]:
+    """The groups of a bypass, if any block has it: then all must."""
+    names = {name.split(".", 2)[-1] for name in file.tensors if name.startswith("blk.")}
+    return [BYPASS, *([BYPASS_BIAS] if names & set(BYPASS_BIAS) else [])] if names & {*BYPASS, *BYPASS_BIAS} else []
 
 
 def check(file: GGUFFile, model: Group, block: Group, n_layer: int, sizes: Mapping[str, int], more: set[str]) -> None:

@@ -10,7 +10,7 @@ from ..formats.config import ModelConfig
 from .graph import part
 from .sparsity import Plan
 
-_WHOLE = ("ffn_pred_a", "ffn_gate_inp")  # matrices whose rows are no neurons
+_WHOLE = ("ffn_pred_a", "ffn_gate_inp", "ffn_bypass")  # matrices whose rows are no neurons
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class FFN:
     """Makes the nodes of one layer, from f (normed) to `to`: added to x (base " x"), or alone in o (base "").
 
     n_cold: of a layer that is split, the neurons that are not on the GPU; 0 for all. append: as _Decoder._add; bias:
-    the name of a tensor's bias, if there is one.
+    the name of a tensor's bias, if there is one. A bypass comes first of what is added or set: after the last that
+    reads the residual as it was (a predictor, an observer), and where threads meet anyway.
     """
 
     layer: int
@@ -33,9 +34,10 @@ class FFN:
         if config.gated:
             self._add("matmul", "f", "gate", "ffn_gate")
         self._add("matmul", "f", "up" if config.gated else "gate", "ffn_up")
-        reads, floor = "gate up" if config.gated else "gate", config.activation_floor
+        reads, floor = "gate up" if config.gated else "gate", config.activation_floors[self.layer]
         self._add("activate", reads, "gate h", function=config.activation, threshold=floor)
-        self._add("matmul", f"h{self.base}", self.to, "ffn_down")
+        base = self._bypass(config)
+        self._add("matmul", f"h{base}", self.to, "ffn_down")
 
     def sparse(self, config: ModelConfig, plan: Plan, ranks: tuple[int, ...], widths: dict[str, int]) -> None:
         """A selection, then two branches: the listed neurons, or all of them with the inactive ones set to zero."""
@@ -55,13 +57,14 @@ class FFN:
                 add("activate", r, r, function="relu")
             add("matmul", r, scores, "ffn_pred_b")
             add("select", scores, f"{active} {picked}", cut=cut, limit=limit)
+            base = self._bypass(config)
             add("rows", f"f {active}", gate, first, "sparse")
             if config.gated:
                 add("rows", f"f {active}", up, "ffn_up", "sparse")
-            floor = config.activation_floor
+            floor = config.activation_floors[layer]
             reads = f"{gate}{other} {picked} {active}"
             add("activate", reads, gate, "", "sparse", function=function, threshold=floor)
-            self._down(gate, active)
+            self._down(gate, base, active)
             add("matmul", "f", gate, first, "dense")
             if config.gated:
                 add("matmul", "f", up, "ffn_up", "dense")
@@ -70,22 +73,23 @@ class FFN:
         else:
             add("matmul", "f", gate, first)
             add("select", gate, f"{active} {picked}", limit=limit, threshold=threshold)
+            base = self._bypass(config)
             if config.gated:
                 add("rows", f"f {picked} {active}", up, "ffn_up", "sparse", function=function, threshold=threshold)
-                self._down(up, active)
+                self._down(up, base, active)
                 add("matmul", "f", up, "ffn_up", "dense")
             else:
                 add("activate", f"{picked} {active}", picked, "", "sparse", function=function, threshold=threshold)
-                self._down(picked, active)
+                self._down(picked, base, active)
             add("activate", f"{gate}{other}", f"{gate} {h}", "", "dense", function=function, threshold=threshold)
         if plan.dense_from_t or n_cold:
-            add("matmul_t", f"{h}{self.base}", self.to, "ffn_down_t", "dense")
+            add("matmul_t", f"{h}{base}", self.to, "ffn_down_t", "dense")
         else:
-            add("matmul", f"{h}{self.base}", self.to, "ffn_down", "dense")
+            add("matmul", f"{h}{base}", self.to, "ffn_down", "dense")
 
     def experts(self, config: ModelConfig, plan: Plan | None) -> None:
         """The experts that the router chooses for each token; of a split layer, those that are not on the GPU."""
-        threshold = plan.thresholds[self.layer] if plan else config.activation_floor
+        threshold = plan.thresholds[self.layer] if plan else config.activation_floors[self.layer]
         self._add("matmul", "f", "router", "ffn_gate_inp")
         here = part(f"blk.{self.layer}.experts", "cold") if self.n_cold else ""
         self.append("route", "router", "routed", here, layer=self.layer)
@@ -96,8 +100,15 @@ class FFN:
         self._add("experts", "h routed", "sums", "ffn_down_exps", rows="pairs")
         self._add("combine", f"sums{self.base} routed", self.to)
 
-    def _down(self, h: str, active: str) -> None:
-        self._add("down", f"{h}{self.base} {active}", self.to, "ffn_down_t", "sparse")
+    def _bypass(self, config: ModelConfig) -> str:
+        """What there is of the result so far, for ffn_down to be added to: with a bypass, what that made."""
+        if not config.has("ffn_bypass.weight"):
+            return self.base
+        self._add("matmul", f"f{self.base}", self.to, "ffn_bypass")
+        return f" {self.to}"
+
+    def _down(self, h: str, base: str, active: str) -> None:
+        self._add("down", f"{h}{base} {active}", self.to, "ffn_down_t", "sparse")
 
     def _name(self, name: str) -> str:
         tensor = f"blk.{self.layer}.{name}"

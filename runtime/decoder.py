@@ -163,10 +163,10 @@ class _Decoder:
         """Shares of a layer's neurons, by name, on the GPU; "" is all of them.
 
         They are added to x or set in o, unless they are only the hot ones: then their sums stay in parts for a merge to
-        come, and the bias of ffn_down comes from the CPU.
+        come, and the bias of ffn_down and a bypass come from the CPU.
         """
         c, plan = self.config, self.plan
-        threshold = plan.thresholds[layer] if plan else c.activation_floor
+        threshold = plan.thresholds[layer] if plan else c.activation_floors[layer]
 
         def weight(name: str, share: str) -> str:
             tensor = f"blk.{layer}.{name}"
@@ -184,6 +184,9 @@ class _Decoder:
             r = f"r{self.ranks[layer]}"
             source = "f" if plan.predictor_input == "ffn_norm" else "x"
             add("matmul", source, r, weight("ffn_pred_a.weight", ""), function=plan.predictor.replace("dejavu", ""))
+        if list(shares) != ["hot"] and c.has("ffn_bypass.weight"):
+            add("matmul", f"f{base}", to, weight("ffn_bypass.weight", ""), bias=bias("ffn_bypass", ""))
+            base = f" {to}"
         if c.n_expert:
             add("matmul", "f", "router", weight("ffn_gate_inp.weight", ""))
         exps = "_exps" if c.n_expert else ""

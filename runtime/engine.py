@@ -109,7 +109,7 @@ class Engine:
             self.changes = changes(self.file, self.lora)
             self.plan = plan(wanted, self.config, self.section)
             by_choice = wanted.kind in ("auto", "dense") and not self.file.powerinfer
-            if by_choice and any(".ffn_" in name for name in self.changes):
+            if by_choice and any(".ffn_" in name and ".ffn_bypass." not in name for name in self.changes):
                 self.plan = None  # only dense FFNs can be adapted
             self._tensors = Tensors(self.file, *([self.section.image] if self.section else []))
             per_sequence = -(-self.n_ctx // KV_BLOCK) + 1  # one to copy to, where a begun block is shared

@@ -127,7 +127,7 @@ def plan(wanted: Sparsity, config: ModelConfig, section: Section | None) -> Plan
         same = from_section and zeros
         return everything(config) if same else None
     limit = config.n_ff if from_section else int(CROSSOVER * config.n_ff)
-    exact = (max(config.activation_floor, _SMALLEST if zeros else 0.0),) * config.n_layer
+    exact = tuple(max(floor, _SMALLEST if zeros else 0.0) for floor in config.activation_floors)
     if wanted.kind == "exact":
         if not zeros:
             raise ParameterError(
@@ -159,7 +159,7 @@ def _mixture(wanted: Sparsity, config: ModelConfig, section: Section | None) -> 
 
 def everything(config: ModelConfig) -> Plan:
     """The plan that lists every neuron: dense, computed by neurons."""
-    return Plan(Sparsity("dense"), (config.activation_floor,) * config.n_layer, config.n_ff, dense_from_t=True)
+    return Plan(Sparsity("dense"), config.activation_floors, config.n_ff, dense_from_t=True)
 
 
 def _thresholds(density: float, section: Section | None, config: ModelConfig) -> tuple[float, ...]:
@@ -178,4 +178,4 @@ def _thresholds(density: float, section: Section | None, config: ModelConfig) ->
         )
     order = np.argsort(known)
     chosen = (float(np.interp(density, known[order], layer[order])) for layer in values.T)
-    return tuple(max(value, config.activation_floor) for value in chosen)
+    return tuple(map(max, chosen, config.activation_floors))

@@ -5,8 +5,9 @@ weight that it needs once, so a time is bytes over bandwidth, on the GPU plus it
 models read all rows: gate, up and down (without a gate, up and down). In `exact` and `threshold` mode the first is
 read always, the others as often as the neuron is active; in `predict` mode all of them, and the neuron's row of the
 predictor always. Layers without hot neurons read ffn_down as it is in the file if they are dense, all others its
-neuron-major copy (ffn_down_t). Of a mixture of experts, a neuron's rows are read as often as its expert is chosen, and
-the router always, on each side that has experts.
+neuron-major copy (ffn_down_t). A bypass is read always: by the GPU where that computes all neurons of a layer, out of
+whichever memory, and else by the CPU. Of a mixture of experts, a neuron's rows are read as often as its expert is
+chosen, and the router always, on each side that has experts.
 """
 
 from __future__ import annotations
@@ -271,11 +272,15 @@ class _Maker:
 
     def file_ffn(self, number: int) -> float:
         """Bytes of a layer's FFN in the file that a dense token reads."""
-        size = sum(matrix.nbytes for matrix in (*self.rows(number)[:-1], self.down(number)))
+        size = sum(matrix.nbytes for matrix in (*self.rows(number)[:-1], self.down(number), *self.bypass(number)))
         if not self.config.n_expert:
             return size
         router = self.matrix(f"blk.{number}.ffn_gate_inp.weight").nbytes
         return router + size * self.config.n_expert_used / self.config.n_expert
+
+    def bypass(self, number: int) -> list[Matrix]:
+        """The layer's bypass, if it has one."""
+        return [self.matrix(f"blk.{number}.ffn_bypass.weight")] if self.config.has("ffn_bypass.weight") else []
 
     def neuron_bytes(self, number: int) -> float:
         return sum(matrix.row for matrix in self.rows(number)) or 1.0
@@ -308,6 +313,10 @@ class _Maker:
         rows = self.rows(number)
         nbytes = self.stored(kept, n_hot)
         nbytes[-1] = self.stored(whole, n_hot[-1:])[0]
+        split, whole = ([node for node in nodes if ".ffn_bypass." not in node.weight] for nodes in (split, whole))
+        bypass = self.bypass(number)  # a node of its own
+        bypass_cpu = sum(matrix.nbytes for matrix in bypass) / self.cpu
+        bypass_gpu = sum(matrix.packed for matrix in bypass) / self.gpu + len(bypass) * self.hardware.launch
         others = self.matrices(node for node in split if node.op == "matmul")  # of a predictor or router
         shared = [matrix for matrix, share in others if not share]  # read as soon as one neuron is computed
         always = [matrix for matrix, share in others if share]
@@ -321,10 +330,11 @@ class _Maker:
             total: NDArray[np.float64] = n * each + n_active * seldom
             return total
 
-        cold = (reads(n_cold, active_cold, False) + sum(matrix.nbytes for matrix in shared)) / self.cpu
+        cold = (reads(n_cold, active_cold, False) + sum(matrix.nbytes for matrix in shared)) / self.cpu + bypass_cpu
         launches = len(split) * self.hardware.launch
         hot = (reads(n_hot, active, True) + sum(matrix.packed for matrix in shared)) / self.gpu + launches
-        mapped = reads(n_cold, active_cold, True) / self.hardware.link_bandwidth + launches
+        hot[-1] += bypass_gpu
+        mapped = reads(n_cold, active_cold, True) / self.hardware.link_bandwidth + launches + bypass_gpu
         if c.n_expert:  # the CPU reads ffn_down_exps as it is
             cold += active_cold * (self.down(number).nbytes / c.n_ff - rows[-1].row) / self.cpu
         if self.from_file:

@@ -56,9 +56,12 @@ def projections(config: ModelConfig) -> tuple[str, ...]:
     return ("ffn_gate", "ffn_up") if config.gated else ("ffn_up",)
 
 
-def hidden(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    """What meets ffn_down: float32 act(gate) * up."""
-    return ACTIVATIONS[activation](gate) * (_relu(up) if activation == "drelu" else up)
+def hidden(activation: str, gate: np.ndarray, up: np.ndarray, floor: float = 0.0) -> np.ndarray:
+    """What meets ffn_down: float32 act(gate) * up; 0 where act(gate) does not reach the layer's floor."""
+    value = ACTIVATIONS[activation](gate)
+    if floor:
+        value = np.where(np.abs(value) >= np.float32(floor), value, np.float32(0))
+    return value * (_relu(up) if activation == "drelu" else up)
 
 
 def post_norm(file: GGUFFile, config: ModelConfig, layer: int) -> float:
@@ -81,16 +84,17 @@ def energy(h: np.ndarray, down_norms: np.ndarray, post: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rule:
-    """`exact`: the gate is above zero, or the floor; with a density: |act(gate)| is above the layer's threshold for it.
+    """`exact`: the gate is above zero and, activated, reaches the layer's floor, if it has one; with a density:
+    |act(gate)| is above the layer's threshold for it.
 
-    Of an FFN without a gate, the up projection is meant. by_expert: instead, its expert is chosen.
+    Of an FFN without a gate, the up projection is meant. by_expert: instead, its expert is chosen. floors: by layer.
     """
 
     activation: str
     density: float | None = None
     thresholds: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # float32 [n_layer]
     by_expert: bool = False
-    floor: float = 0.0
+    floors: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -102,13 +106,16 @@ class Rule:
     def active(self, layer: int, gate: np.ndarray) -> np.ndarray:
         """Which of the raw gates [n_tok, n_ff] belong to active neurons: bool, of the same shape."""
         if self.density is None:
-            return np.greater(gate, np.float32(self.floor))
+            floor = self.floors[layer] if self.floors else 0.0
+            if floor:
+                return np.greater_equal(ACTIVATIONS[self.activation](gate), np.float32(floor))
+            return np.greater(gate, np.float32(0))
         return np.greater(np.abs(ACTIVATIONS[self.activation](gate)), self.thresholds[layer])
 
 
-def exact(activation: str, floor: float = 0.0) -> Rule:
-    """The rule of models with zeros; ParameterError for an activation that has none."""
+def exact(activation: str, floors: tuple[float, ...] = ()) -> Rule:
+    """The rule of models with zeros, with their layers' floors; ParameterError for an activation that has none."""
     if activation not in RELUS:
         wanted = "--threshold D, as only ReLU models have neurons that are exactly zero"
         raise ParameterError(f"rule exact: got a model with {activation.upper()}, wanted {wanted}")
-    return Rule(activation, floor=floor)
+    return Rule(activation, floors=floors)

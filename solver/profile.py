@@ -90,6 +90,7 @@ def kept_name(model: GGUFFile, corpus: Corpus, rule: Rule) -> str:
         if len(info.shape) == 1:  # norms: small, and different in every model
             digest.update(model.data(name).tobytes())
     digest.update(f"{corpus.digest} {rule.name}".encode() + rule.thresholds.tobytes())
+    digest.update(np.array(rule.floors, "<f4").tobytes())
     return f"profile-{digest.hexdigest()[:24]}.npz"
 
 

@@ -60,7 +60,8 @@ def collect(
         size = np.abs(ACTIVATIONS[config.activation](gate))
         bins = _bins(size).ravel()
         found.count[layer] += np.bincount(bins, minlength=_BINS)
-        error = energy(hidden(config.activation, gate, up), down_norms[layer], post[layer])
+        h = hidden(config.activation, gate, up, config.activation_floors[layer])
+        error = energy(h, down_norms[layer], post[layer])
         error /= np.square(x).mean(axis=1, keepdims=True) + np.float32(1e-12)
         found.error[layer] += np.bincount(bins, error.ravel(), _BINS)
 

@@ -219,7 +219,7 @@ class Model:
     """A llama, qwen2, qwen3moe or olmoe model in NumPy; the fields may be changed to make a deliberately wrong one.
 
     heat [n_layer, n_expert]: how many tokens have chosen each expert so far; gap: the least difference of logits
-    between a chosen expert and one that was not.
+    between a chosen expert and one that was not. floors: by layer, of activated gates.
     """
 
     n_layer: int
@@ -236,7 +236,7 @@ class Model:
     kv_f16: bool = False
     n_used: int = 0
     weights_norm: bool = True
-    threshold: float = 0.0
+    floors: list[float] = field(default_factory=list)
     gap: float = math.inf
     heat: Array = field(repr=False, default_factory=lambda: np.zeros((0, 0), int))
 
@@ -253,7 +253,7 @@ class Model:
         for layer in range(self.n_layer):
             x = x + self._attention(layer, self._norm(f"blk.{layer}.attn_norm", x))
             h = self._norm(f"blk.{layer}.ffn_norm", x)
-            x = x + self._ffn(layer, h)
+            x = x + self._ffn(layer, h) + self._bypass(layer, h)
         return self._norm("output_norm", x)
 
     def _attention(self, layer: int, x: Array) -> Array:
@@ -277,9 +277,17 @@ class Model:
         if f"blk.{layer}.ffn_gate_inp.weight" in self.tensors:
             return self._experts(layer, x)
         gate, up = self._linear(f"blk.{layer}.ffn_gate", x), self._linear(f"blk.{layer}.ffn_up", x)
-        h = glu(gate, up, self.activation)
-        h = np.where(np.abs(ACTIVATIONS[self.activation](gate)) >= self.threshold, h, 0)
-        return self._linear(f"blk.{layer}.ffn_down", h)
+        return self._linear(f"blk.{layer}.ffn_down", self._hidden(layer, gate, up))
+
+    def _hidden(self, layer: int, gate: Array, up: Array) -> Array:
+        """act(gate) * up, without gates that stay below the layer's floor once activated."""
+        enough = np.abs(ACTIVATIONS[self.activation](gate)) >= self.floors[layer]
+        return np.where(enough, glu(gate, up, self.activation), 0)
+
+    def _bypass(self, layer: int, x: Array) -> Array | float:
+        """What goes past the neurons of a layer."""
+        name = f"blk.{layer}.ffn_bypass"
+        return self._linear(name, x) if f"{name}.weight" in self.tensors else 0.0
 
     def _experts(self, layer: int, x: Array) -> Array:
         """Token by token: a softmax of the router's logits, and the experts that it gives most, weighted."""
@@ -294,8 +302,7 @@ class Model:
             total = shares[t, chosen].sum() if self.weights_norm else 1.0
             for expert in chosen:
                 gate = self._linear(name + "gate_exps", row, expert)
-                h = glu(gate, self._linear(name + "up_exps", row, expert), self.activation)
-                h = np.where(np.abs(ACTIVATIONS[self.activation](gate)) >= self.threshold, h, 0)
+                h = self._hidden(layer, gate, self._linear(name + "up_exps", row, expert))
                 out[t] += shares[t, expert] / total * self._linear(name + "down_exps", h, expert)
                 self.heat[layer, expert] += 1
         return out
@@ -320,6 +327,8 @@ def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16:
         t.name: gguf_dequantize(t.data, t.tensor_type).astype(dtype).reshape(t.data.shape[:-1] + (-1,))
         for t in reader.tensors
     }
+    said = reader.fields.get(f"{arch}.hidden_activation_threshold")
+    floors = np.broadcast_to(said.contents() if said else 0.0, keys[f"{arch}.block_count"])
     n_head = keys[f"{arch}.attention.head_count"]
     head_dim = keys.get(f"{arch}.attention.key_length", keys[f"{arch}.embedding_length"] // n_head)
     kind = keys.get(f"{arch}.rope.scaling.type", "linear")  # llama.cpp: a factor without a type is linear
@@ -344,7 +353,7 @@ def load(path: str | Path, dtype: Any = np.float64, *, q8: bool = False, kv_f16:
         ),
         window=keys.get(f"{arch}.attention.sliding_window", 0),
         activation=keys.get(f"{arch}.hidden_activation", "silu"),
-        threshold=keys.get(f"{arch}.hidden_activation_threshold", 0.0),
+        floors=floors.tolist(),
         tensors=tensors,
         quantised={t.name for t in reader.tensors if t.tensor_type not in FLOAT_TYPES},
         q8=q8,

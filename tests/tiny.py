@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,6 +105,8 @@ def make_tiny_model(
     sliding_window: int = 0,
     tied: bool = False,
     biases: bool | None = None,
+    bypass: bool = False,
+    floors: Sequence[float] = (),
     chat_template: str | None = CHATML,
     n_ctx_train: int = 256,
     eps: float = 1e-5,
@@ -116,7 +118,8 @@ def make_tiny_model(
 
     qtype is the type of all matrices, `types` overrides it by tensor name; K-quants need n_embd and n_ff that
     are multiples of 256. biases (q, k, v) default to what the architecture has; metadata adds keys as given. n_expert:
-    a mixture of so many experts of n_ff neurons each (arch llama, qwen3moe or olmoe); its routers are F32.
+    a mixture of so many experts of n_ff neurons each (arch llama, qwen3moe or olmoe); its routers are F32. bypass: a
+    linear map with a bias beside each layer's neurons. floors: by layer, of activated gates.
     """
     head_dim = n_embd // n_head if head_dim is None else head_dim
     biases = arch == "qwen2" if biases is None else biases
@@ -153,6 +156,8 @@ def make_tiny_model(
     for key, value in (metadata or {}).items():
         kind = {str: "string", bool: "bool", int: "uint32", float: "float32"}[type(value)]
         getattr(writer, f"add_{kind}")(key, value)
+    if floors:
+        writer.add_array(f"{arch}.hidden_activation_threshold", list(map(float, floors)))
 
     def matrix(tensor: str, n_rows: int, n_cols: int, std: float | None = None, experts: int = 0) -> None:
         kind = GGMLQuantizationType[(types or {}).get(tensor, qtype)]
@@ -196,6 +201,9 @@ def make_tiny_model(
         matrix(blk + "ffn_gate.weight", n_ff, n_embd)
         matrix(blk + "ffn_up.weight", n_ff, n_embd)
         matrix(blk + "ffn_down.weight", n_embd, n_ff)
+        if bypass:
+            matrix(blk + "ffn_bypass.weight", n_embd, n_embd)
+            vector(blk + "ffn_bypass.bias", n_embd, 0.0)
     vector("output_norm.weight", n_embd)
     if not tied:
         matrix("output.weight", n_vocab, n_embd, 0.3)

@@ -118,14 +118,17 @@ def _ffn(c: ModelConfig) -> Iterator[str]:
     from ..runtime.sparsity import ZEROS
 
     kind = _ACTIVATIONS[c.activation] + (", gated" if c.gated else ", without a gate")
-    if c.activation_floor:
-        kind += f", 0 below {c.activation_floor:g}"
+    if any(c.activation_floors):
+        least, most = min(c.activation_floors), max(c.activation_floors)
+        kind += f", 0 below {most:g}" if least == most else f", 0 below {least:g} to {most:g} by layer"
     if c.activation in ZEROS:
         kind += "; zeros are skipped (--sparsity exact)"
     if c.n_expert:
         yield f"{c.n_expert} experts of {c.expert_neurons} neurons, {c.n_expert_used} for each token; {kind}"
     else:
         yield f"{c.n_ff} neurons; {kind}"
+    if c.has("ffn_bypass.weight"):
+        yield "a dense bypass beside them" + (", with a bias" if c.has("ffn_bypass.bias") else "")
 
 
 def _others(c: ModelConfig) -> Iterator[str]:

@@ -134,7 +134,7 @@ def _prepare(engine: Engine, texts: list[Path], tokens: int | None, threshold: f
             raise ParameterError(f"--threshold: got {got}; wanted none")
         return text, neurons.Rule(activation, by_expert=True)
     if threshold is None and activation in neurons.RELUS:
-        return text, neurons.exact(activation, engine.config.activation_floor)
+        return text, neurons.exact(activation, engine.config.activation_floors)
     if threshold is None:
         threshold = DEFAULT_DENSITY
         note(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cuda_simulator  # noqa: F401
+import naive
 import numpy as np
 import pytest
 import tiny
@@ -116,6 +117,49 @@ def test_the_approximate_modes_choose_the_same_neurons(with_section: Path, mode:
     wanted = run(with_section, mode, None)
     assert np.abs(wanted - run(with_section, "dense", None)).max() > 1e-2 * np.abs(wanted).max()
     close(run(with_section, mode, placed(where)), wanted, 1e-4)
+
+
+@pytest.fixture(scope="module")
+def with_bypass(folder: Path) -> Path:
+    """A ReLU model with a bypass, floors by layer, and predictors that look at the residual before it was added to."""
+    meta = {"llama.hidden_activation": "relu"}
+    path = tiny.make_tiny_model(folder / "bypass.gguf", metadata=meta, bypass=True, floors=(0.05, 0.2), seed=3, **SIZES)
+    rng = np.random.default_rng(4)
+    found: list[SectionTensor] = []
+
+    def add(name: str, values: np.ndarray) -> None:
+        data = values.astype(np.float32)
+        found.append(SectionTensor(name, values.shape[::-1], GGMLType.F32, lambda: data.view(np.uint8)))
+
+    for layer in range(2):
+        add(f"blk.{layer}.ffn_pred_a.weight", rng.normal(0, 1, (32, 32)))
+        add(f"blk.{layer}.ffn_pred_b.weight", rng.normal(0, 1, (N_FF, 32)))
+        add(f"blk.{layer}.ffn_pred_cut", rng.normal(0, 1, N_FF))
+    update_section(path, Contents({"hotcold.predictor.kind": "relu", "hotcold.predictor.input": "residual"}, found))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "where", "cold"),
+    [
+        ("dense", "all on the GPU", "cpu"),
+        ("dense", "split and whole", "cpu"),
+        ("dense", "split and whole", "mapped"),
+        ("exact", "all on the GPU", "cpu"),
+        ("exact", "split", "cpu"),
+        ("exact", "mixed", "cpu"),
+        ("exact", "split", "mapped"),
+        ("predict", "all on the GPU", "cpu"),
+        ("predict", "split", "cpu"),
+        ("predict", "split", "mapped"),
+    ],
+)
+def test_a_bypass_is_added_once(with_bypass: Path, mode: str, where: str, cold: str) -> None:
+    wanted = run(with_bypass, mode, None)
+    close(run(with_bypass, mode, replace(placed(where), cold=cold)), wanted, 1e-4)
+    ids = [5, 6, 7, *wanted[:2].argmax(1)]
+    if mode != "predict":
+        close(wanted, naive.forward(with_bypass, ids, kv_f16=True)[2:], 1e-3)
 
 
 @pytest.mark.parametrize("mode", ["exact", "predict"])

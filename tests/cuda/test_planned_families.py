@@ -56,6 +56,25 @@ def test_with_predictors(
     same(path, "predict", cold)
 
 
+@pytest.mark.parametrize("mode", ["dense", "exact", "predict"])
+@pytest.mark.parametrize("cold", ["cpu", "mapped"])
+def test_with_a_bypass(
+    tiny_model: Callable[..., Path], tmp_path: Path, mode: str, cold: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "allocated", lambda each: each)
+    monkeypatch.setattr(costs, "GROUP", 32)
+    path = tmp_path / "model.gguf"
+    relu = {
+        "metadata": {"llama.hidden_activation": "relu"},
+        "bypass": True,
+        "types": {"blk.1.ffn_bypass.weight": "F16"},
+    }
+    path.write_bytes(tiny_model(**relu).read_bytes())
+    if mode == "predict":
+        update_section(path, sections.contents("predictors"))
+    same(path, mode, cold)
+
+
 def same(path: Path, sparsity: str, cold: str) -> None:
     """Load a layer with one hot group, and all of the others."""
     with Engine(path, n_ctx=64, n_threads=1, sparsity=sparsity) as engine:

@@ -176,7 +176,7 @@ def test_modes(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         Engine(path, sparsity="predict")
     monkeypatch.setattr(sparsity, "_thresholds", lambda *_: (0.1, 0.1))
     oracle = naive.load(path, kv_f16=True)
-    oracle.threshold = 0.1
+    oracle.floors = [0.1] * oracle.n_layer
     wanted = oracle.forward(IDS)
     assert distance(wanted, dense[0]) > 20 * FLOAT_TOLERANCE
     with Engine(path, sparsity="threshold=0.5") as engine:

@@ -66,7 +66,7 @@ def test_llama(tiny_model: Any) -> None:
         windows=(12, 12),
         attn_scale=0.25,
         activation="silu",
-        activation_floor=0.0,
+        activation_floors=(0.0, 0.0),
         tensors=frozenset(LLAMA_TENSORS),
     )
     assert config.has("ffn_gate.weight") and not config.has("attn_q.bias") and not config.tied_output

@@ -329,6 +329,30 @@ def test_a_dense_models_whole_layer_has_ffn_down_as_it_is(tiny_model: Make) -> N
     assert seconds(found.problem, nothing(found.problem)) == pytest.approx(dense)
 
 
+@pytest.mark.parametrize("mode", ["dense", "exact"])
+def test_a_bypass_is_read_always_by_who_computes_the_rest(tiny_model: Make, mode: str) -> None:
+    """Beside the same model without one."""
+    options = SIZES | {"qtype": "Q4_0", "types": {f"blk.{layer}.ffn_bypass.weight": "Q8_0" for layer in range(3)}}
+    plain, found = (made(tiny_model(**options, bypass=bypass), mode) for bypass in (False, True))
+    size = 64 * 64 // 32 * 34
+    on_cpu = size / MACHINE.cpu_bandwidth(2)
+    on_device = repack.packed_bytes("Q8_0", 64, 64) / MACHINE.gpu_read + MACHINE.launch
+    for one, two in zip(plain.problem.layers, found.problem.layers, strict=True):
+        taken = on_gpu("Q8_0", 64, 64) + driver_bytes(4 * 64)
+        assert (two.nbytes - one.nbytes).tolist() == [0, 0, 0, 0, taken]
+        np.testing.assert_allclose(two.cold - one.cold, [on_cpu] * 4 + [0], rtol=1e-6, atol=1e-15)
+        np.testing.assert_allclose(two.hot - one.hot, [0] * 4 + [on_device], rtol=1e-6, atol=1e-15)
+        np.testing.assert_allclose((two.mapped - one.mapped)[1:], [on_device] * 3 + [0], rtol=1e-6, atol=1e-15)
+        assert two.attention == one.attention and two.impact == one.impact
+    assert found.dense_cpu - plain.dense_cpu == pytest.approx(3 * on_cpu)
+    # what the GPU may have to compute of a split layer too is counted where it may
+    mapped = made(tiny_model(**options, bypass=True), mode, mapped=True).problem.layers[0]
+    assert (mapped.nbytes - plain.problem.layers[0].nbytes).tolist() == [0, taken, taken, taken, taken]
+    tables = milp.ours(found.problem)
+    best = solved(found.problem, tables)
+    assert tables.value(best.choice) == pytest.approx(brute_force(found.problem, tables.value))
+
+
 def test_times_follow_frequencies(model: Path) -> None:
     freq, found = frequencies().astype(np.float64), made(model, threads=9)
     assert found.mode == "exact" and found.note == "" and found.digest

@@ -67,7 +67,7 @@ def test_the_dip_below_zero_counts_as_deep_as_it_is(name: str, depth: float) -> 
 
 def config(activation: str, n_expert: int = 0) -> Any:
     sizes = {"n_layer": N_LAYER, "n_ff": N_FF, "n_expert": n_expert}
-    return SimpleNamespace(activation=activation, activation_floor=0.0, name="m", **sizes)
+    return SimpleNamespace(activation=activation, activation_floors=(0.0,) * N_LAYER, name="m", **sizes)
 
 
 class Section:
