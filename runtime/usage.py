@@ -26,7 +26,8 @@ class Usage:
     ffn_bytes: bytes of FFN weights read, predictors and routers included; dense_bytes: what reading all weights in
     every step would have been. ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors.
     experts: int64 [n_layer, n_expert], how many tokens chose each expert, of layers that the CPU has a part in; None
-    where there are no experts. The active neurons of a mixture are those of the chosen experts.
+    where there are no experts. The active neurons of a mixture are those of the chosen experts. layers: places and
+    active by layer, int64 [2, n_layer]; None for a dense engine.
     """
 
     steps: int = 0
@@ -37,6 +38,7 @@ class Usage:
     ticks: int = 0
     predictor_ticks: int = 0
     experts: NDArray[np.int64] | None = field(default=None, compare=False)
+    layers: NDArray[np.int64] | None = field(default=None, compare=False)
 
     def __sub__(self, other: Usage) -> Usage:
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
@@ -86,15 +88,14 @@ def usage(
     if plan is None:
         return Usage(steps, ffn_bytes=steps * dense, dense_bytes=steps * dense)
     choices = tape.buffers["choices"].view(np.int64).reshape(-1, len(Choice)) if "choices" in tape.buffers else None
-    places = active = read = 0
+    layers, read = np.zeros((2, config.n_layer), np.int64), 0
     for layer, size in enumerate(sizes):
         always = size["ffn_pred_a"] + size["ffn_pred_b"] if plan.predictor else size["ffn_gate"]
         by_list = (0 if not plan.predictor else size["ffn_gate"]) + size["ffn_up"] + size["ffn_down_t"]
         n_hot = gpu.hot[layer] if gpu else 0
         if gpu and n_hot:
             pairs = int(gpu.active[layer])
-            places += gpu.tokens * n_hot
-            active += pairs
+            layers[:, layer] += gpu.tokens * n_hot, pairs
             read += (gpu.tokens * always * n_hot + pairs * by_list) // config.n_ff
         n_cold = config.n_ff - n_hot
         if choices is None or not n_cold:
@@ -103,13 +104,14 @@ def usage(
         whole = size["ffn_gate"] + size["ffn_up"] + size["ffn_down_t" if plan.dense_from_t or n_hot else "ffn_down"]
         if plan.predictor:
             whole += always
-        places += own["tokens"] * n_cold
-        active += own["active"]
+        layers[:, layer] += own["tokens"] * n_cold, own["active"]
         read += own["listed"] * by_list // config.n_ff
         read += (own["sparse_steps"] * always + own["dense_steps"] * whole) * n_cold // config.n_ff
     ticks = tape.rows[:, Row.ticks // 8]
     predicting = [bool(plan.predictor) and _predicts(node) for node in tape.nodes]
-    return Usage(steps, places, active, read, steps * dense, int(ticks.sum()), int(ticks[predicting].sum()))
+    places, active = layers.sum(axis=1).tolist()
+    own_ticks = int(ticks.sum()), int(ticks[predicting].sum())
+    return Usage(steps, places, active, read, steps * dense, *own_ticks, layers=layers)
 
 
 def _mixture(tape: Tape, tensors: Tensors, config: ModelConfig, steps: int, gpu: HotUsage | None) -> Usage:
@@ -119,7 +121,7 @@ def _mixture(tape: Tape, tensors: Tensors, config: ModelConfig, steps: int, gpu:
     if "heat" in tape.buffers:
         heat += tape.buffers["heat"].view(np.int64).reshape(heat.shape)
     routings = tape.buffers["routing"].view(np.int64).reshape(-1, len(Routing)) if "routing" in tape.buffers else None
-    places = active = read = dense = 0
+    layers, read, dense = np.zeros((2, config.n_layer), np.int64), 0, 0
     for layer in range(config.n_layer):
         names = (f"blk.{layer}.{name}.weight" for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"))
         experts = sum(tensors.info(name).nbytes for name in names)
@@ -128,17 +130,16 @@ def _mixture(tape: Tape, tensors: Tensors, config: ModelConfig, steps: int, gpu:
         n_hot = gpu.hot[layer] if gpu else 0
         if gpu and n_hot:
             pairs = int(gpu.active[layer])
-            places += gpu.tokens * n_hot
-            active += pairs
+            layers[:, layer] += gpu.tokens * n_hot, pairs
             read += gpu.tokens * router + pairs * experts // config.n_ff
         n_cold = config.n_ff - n_hot
         if routings is None or not n_cold:
             continue
         own = {name: int(routings[layer, getattr(Routing, name) // 8]) for name in Routing._fields}
-        places += own["tokens"] * n_cold
-        active += own["pairs"] * config.expert_neurons
+        layers[:, layer] += own["tokens"] * n_cold, own["pairs"] * config.expert_neurons
         read += steps * router + own["read"] * experts // config.n_expert
-    return Usage(steps, places, active, read, dense, ticks, experts=heat)
+    places, active = layers.sum(axis=1).tolist()
+    return Usage(steps, places, active, read, dense, ticks, experts=heat, layers=layers)
 
 
 def _predicts(node: Node) -> bool:

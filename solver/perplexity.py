@@ -72,9 +72,16 @@ def windows(ids: Sequence[int], n_ctx: int, bos: int | None, total: int) -> Iter
 
 def score(engine: Engine, window: list[int]) -> np.ndarray:
     """Negative log-likelihoods (nats, float64) of the tokens in the second half of a window."""
-    first = len(window) // 2
     rows = max(1, LOGITS_BYTES // (4 * engine.n_vocab))
-    found = []
+    return np.concatenate([_nll(logits, targets) for logits, targets in blocks(engine, window, rows)])
+
+
+def blocks(engine: Engine, window: list[int], rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(logits float32 [n, n_vocab], the tokens that follow [n]) of a window's second half, at most `rows` at a time.
+
+    Logits hold until the engine's next call. A closed or exhausted iterator gives its room in the cache back.
+    """
+    first = len(window) // 2
     sequence = engine.new_sequence()
     try:
         engine.eval(sequence, window[:first])
@@ -82,10 +89,9 @@ def score(engine: Engine, window: list[int]) -> np.ndarray:
         for start in range(first, len(window) - 1, rows):
             stop = min(start + rows, len(window) - 1)
             logits = engine.eval(sequence, window[start:stop], all_logits=True)
-            found.append(_nll(logits, np.asarray(window[start + 1 : stop + 1])))
+            yield logits, np.asarray(window[start + 1 : stop + 1])
     finally:
         sequence.close()
-    return np.concatenate(found)
 
 
 def _nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

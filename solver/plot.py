@@ -1,4 +1,4 @@
-"""Pictures of a profile and of a placement (need matplotlib, the extra `plot`)."""
+"""Pictures of a profile, of a placement and of quality over density (need matplotlib, the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from ..formats.errors import StorageError, UnsupportedError
 from .profile import MOST, cdf, statistics
 
 if TYPE_CHECKING:
+    from .evaluate import Report
     from .placement import Placed
 
+SERIES = {  # colour and marker of what solver.evaluate tells apart
+    "dense": ("#4d4d4d", "s"),
+    "threshold": ("#dd8452", "v"),
+    "exact": ("#4c72b0", "o"),
+    "predictors": ("#55a868", "D"),
+    "relufied (exact)": ("#4c72b0", "o"),
+    "relufied + predictors": ("#55a868", "D"),
+}
+STEEP = 3.0  # the ratio of perplexities from which on a plot of them is logarithmic
 _NEEDED = "--plot needs matplotlib: pip install 'hotcold[plot]'"
 
 
@@ -78,6 +88,46 @@ def plot_placement(placed: Placed, name: str, path: Path) -> None:
     right.margins(x=0.3)
     right.invert_yaxis()
     right.set_title("predicted tokens a second", fontsize=9)
+    _write(figure, path)
+
+
+def plot_quality(report: Report, path: Path) -> None:
+    """Draw perplexity, as a multiple of the reference's, over the density: a panel a text, a line a series of SERIES.
+
+    Bars are standard errors. Writes `path`, in the format of its ending.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError:
+        raise UnsupportedError(_NEEDED) from None
+    names = [text.name for text in report.texts]
+    figure = Figure(figsize=(1 + 4 * len(names), 4.2), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    most = max(score.ratio for row in report.rows for score in row.scores.values())
+    for axes, name in zip(panels, names, strict=True):
+        axes.axhline(1, color="#4d4d4d", linewidth=0.8, linestyle=":")
+        for series, (colour, marker) in SERIES.items():
+            found = sorted(
+                (row.scores[name].density * 100, row.scores[name].ratio, row.scores[name].ratio_error)
+                for row in report.rows
+                if row.series == series
+            )
+            if found:
+                x, y, errors = zip(*found, strict=True)
+                axes.errorbar(
+                    x, y, errors, color=colour, marker=marker, markersize=6, linewidth=1.2, capsize=3, label=series
+                )
+        axes.set_title(name, fontsize=10)
+        axes.set(xlim=(0, 103), xlabel="active neurons (%)")
+        if most > STEEP:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.grid(alpha=0.25)
+    reference = report.rows[0]
+    panels[0].set_ylabel(f"perplexity, times that of {reference.model.stem}")
+    panels[0].legend(frameon=False, fontsize=9)
     _write(figure, path)
 
 

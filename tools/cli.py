@@ -32,6 +32,7 @@ from . import (
     synthetic,
     train_predictor,
 )
+from . import eval as evaluation
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 1, 130, 141
 
@@ -103,6 +104,7 @@ app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
 app.command("bench")(bench.bench)
 app.command("perplexity")(perplexity.perplexity)
+app.command("eval")(evaluation.evaluate)
 app.command("profile")(profile.profile)
 app.command("sparsify")(sparsify.sparsify)
 app.command("place")(place.place)
