@@ -255,7 +255,7 @@ def _texts(
     with GGUFFile(against) as file:
         tokenizer, start = load_tokenizer(file), dialogues.opening(file, n_ctx)
         templated = bool(file.metadata.get("tokenizer.chat_template"))
-    texts = []
+    texts: list[Text] = []
     for paths in [*([path] for path in files), *([[]] if default_text else [])]:
         read = corpus.load(paths, tokenizer, None if chunks < 0 else chunks * n_ctx, 0)
         if len(read) < n_ctx:

@@ -43,10 +43,11 @@ def adapter(llm: LLM) -> Any:
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
 
-    n_ctx = llm.n_ctx
+    n_ctx, eos = llm.n_ctx, llm.tokenizer.eos_id
+    end = [] if eos is None else [llm.tokenizer.token_text(eos)]
 
     class Adapter(TemplateLM):
-        eot_token_id = llm.tokenizer.eos_id
+        eot_token_id = eos
         tokenizer_name = "hotcold"
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -78,7 +79,7 @@ def adapter(llm: LLM) -> Any:
             for request in requests:
                 context, wanted = request.args
                 n, until = wanted.get("max_gen_toks", ANSWER_TOKENS), wanted.get("until") or []
-                stop = [*([until] if isinstance(until, str) else until), llm.tokenizer.token_text(self.eot_token_id)]
+                stop = [*([until] if isinstance(until, str) else until), *end]
                 ids = self.tok_encode(context)[-max(1, n_ctx - n) :]
                 found.append(llm.generate(ids, max_tokens=n, stop=stop, temperature=0))
             return found

@@ -7,7 +7,7 @@
 Nothing is fetched: the tasks are made of Python's own documentation (pydoc_data.topics) and the tokenizer of the GGUF
 file. Which of four continuations follows (multiple choice), perplexity of paragraphs (rolling), and a greedy
 continuation (generate_until). `local-completions` sends the prompts as token ids to a server that this script starts,
-with echo and logprobs; beside it, an `LM` over hotcold.LLM takes log probabilities from LLM.logits. Exit code 1 where
+with echo and logprobs; beside it, solver.harness' adapter takes log probabilities from LLM.logits. Exit code 1 where
 a score differs. --server-python: an interpreter for the server, where hotcold is not installed beside lm-eval.
 """
 
@@ -24,12 +24,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
 from serve_process import KEY, Served
 
 from hotcold import LLM
 from hotcold.formats.gguf import GGUFFile
 from hotcold.runtime.models import resolve
+from hotcold.solver.harness import adapter
 
 MAX_LENGTH = 1024
 N_PARALLEL = 4  # for both: for one answer alone, other kernels round otherwise
@@ -113,53 +113,6 @@ def write_tokenizer(model: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def in_process(llm: LLM) -> Any:
-    """An lm-eval model over an LLM."""
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
-
-    class InProcess(TemplateLM):
-        """Log probabilities out of raw logits, softmax in double precision."""
-
-        eot_token_id = llm.tokenizer.eos_id
-        tokenizer_name = "hotcold"
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return llm.tokenize(string, add_bos=False, special=True)
-
-        def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            found = []
-            for _, context, continuation in requests:
-                ids = (context + continuation)[-(MAX_LENGTH - 1) :]
-                rows = llm.logits(ids)[-len(continuation) - 1 : -1].astype(np.float64)
-                rows -= rows.max(axis=1, keepdims=True)
-                chosen = rows[np.arange(len(rows)), continuation] - np.log(np.exp(rows).sum(axis=1))
-                found.append((float(chosen.sum()), bool((rows.argmax(axis=1) == continuation).all())))
-            return found
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            totals = []
-            for request in requests:
-                windows = utils.get_rolling_token_windows(
-                    token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
-                    max_seq_len=MAX_LENGTH - 2, context_len=1,
-                )  # fmt: skip
-                pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
-                totals.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
-            return totals
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            found = []
-            for request in requests:
-                context, wanted = request.args
-                stop = [*wanted["until"], llm.tokenizer.token_text(self.eot_token_id)]
-                ids = self.tok_encode(context)
-                found.append(llm.generate(ids, max_tokens=wanted["max_gen_toks"], stop=stop, temperature=0))
-            return found
-
-    return InProcess()
-
-
 def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     """Where two results differ: scores, and sample by sample what the models said."""
     found = []
@@ -209,7 +162,7 @@ def main() -> None:
         shared: dict[str, Any] = {"tasks": tasks, "bootstrap_iters": 0, "log_samples": True}
         manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
         with LLM(model, n_ctx=MAX_LENGTH, n_threads=options.threads, n_parallel=N_PARALLEL) as llm:
-            here = simple_evaluate(model=in_process(llm), task_manager=manager, **shared)
+            here = simple_evaluate(model=adapter(llm), task_manager=manager, **shared)
         serving = [options.server_python, "-c", "from hotcold.tools.cli import main; main()", "serve"]
         arguments = ["--ctx", str(MAX_LENGTH), "--threads", str(options.threads), "--parallel", str(N_PARALLEL)]
         with Served(model, *arguments, command=serving) as server:

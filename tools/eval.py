@@ -131,8 +131,8 @@ def _label(row: Row) -> str:
 
 def _cells(row: Row, score: Score, first: bool) -> tuple[str, ...]:
     layers = f"{min(score.densities):.0%} - {max(score.densities):.0%}" if min(score.densities) < 1 else ""
-    found = (_label(row), f"{score.density:.1%}", layers, f"{score.read:.1%}")
-    found += (f"{score.perplexity:.3f} +/- {score.error:.3f}",)
+    own = f"{score.perplexity:.3f} +/- {score.error:.3f}"
+    found = (_label(row), f"{score.density:.1%}", layers, f"{score.read:.1%}", own)
     if first:
         return (*found, "", "", "")
     return (*found, f"{score.ratio:.4f} +/- {score.ratio_error:.4f}", f"{score.kl:.4f}", f"{score.same:.1%}")
