@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,9 +16,10 @@ from .section_file import replacing
 from .types import GGMLType
 
 VERSION = 3
-_U32, _I32, _STRING, _ARRAY = 4, 5, 8, 9
+_U32, _I32, _F32, _STRING, _ARRAY, _U64 = 4, 5, 6, 8, 9, 10
 
 Data = Callable[[str], Iterable[Any]]  # a tensor's bytes, in pieces
+Value = int | float | str | Sequence[str] | Sequence[float]
 
 
 class _Spans(Header):
@@ -40,12 +42,14 @@ def rewrite(
     out: Path,
     types: Mapping[str, GGMLType],
     data: Data,
-    changed: Mapping[str, int | str | list[str]],
+    changed: Mapping[str, Value],
     dropped: Iterable[str] = (),
+    added: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Write `out`: the source with tensors of other types, which `data` gives by name, and some keys changed or added.
 
-    Integers become u32 (i32 below zero). A failed or interrupted run leaves nothing behind. Raises StorageError.
+    Integers become u32 (i32 below zero, u64 where large), floats f32. added: shapes of tensors that the source lacks. A
+    failed or interrupted run leaves nothing behind. Raises StorageError.
     """
     with replacing(out, "make room, or name another file") as part, open(part, "wb") as file:
         entries = _entries(source.path)
@@ -53,16 +57,16 @@ def rewrite(
             entries.pop(key, None)
         for key, value in changed.items():
             entries[key] = _entry(key, value)
-        file.write(b"GGUF" + struct.pack("<IQQ", VERSION, len(source.tensors), len(entries)))
+        shapes = {name: info.shape for name, info in source.tensors.items()} | dict(added or {})
+        file.write(b"GGUF" + struct.pack("<IQQ", VERSION, len(shapes), len(entries)))
         file.writelines(entries.values())
         end = 0
-        for name, info in source.tensors.items():
+        for name, shape in shapes.items():
             kind = types[name]
-            dims = len(info.shape)
-            file.write(_string(name) + struct.pack(f"<I{dims}QIQ", dims, *info.shape, kind, end))
-            end += _padded(info.n_rows * info.shape[0] // kind.block_size * kind.type_size, source.alignment)
+            file.write(_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, end))
+            end += _padded(math.prod(shape) // kind.block_size * kind.type_size, source.alignment)
         _pad(file, source.alignment)
-        for name in source.tensors:
+        for name in shapes:
             for piece in data(name):
                 file.write(piece)
             _pad(file, source.alignment)
@@ -81,13 +85,19 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _entry(key: str, value: int | str | list[str]) -> bytes:
+def _entry(key: str, value: Value) -> bytes:
     head = _string(key)
     if isinstance(value, str):
         return head + struct.pack("<I", _STRING) + _string(value)
     if isinstance(value, int):
+        if value >= 2**32:
+            return head + struct.pack("<IQ", _U64, value)
         return head + (struct.pack("<II", _U32, value) if value >= 0 else struct.pack("<Ii", _I32, value))
-    return head + struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_string, value))
+    if isinstance(value, float):
+        return head + struct.pack("<If", _F32, value)
+    kind = _STRING if isinstance(value[0], str) else _F32
+    items = (_string(item) if isinstance(item, str) else struct.pack("<f", item) for item in value)
+    return head + struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(items)
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -57,11 +57,11 @@ class Engine:
     exact, threshold=D or predict (sparsity.py); plan is what came of it, None for a dense engine. use_section: look for
     the model's section. n_parallel: sequences that have room for n_ctx tokens at the same time. placement: what runs on
     the GPU; without one, all runs on the CPU. trace: notes what ran when. lora: adapters (GGUF) as paths or pairs
-    (path, scale), added to the matrices that they name; on the CPU alone. load: copy quantised matrices into memory in
-    the form that kernels like best (copy), read them where the file is mapped (mmap), or copy if memory allows (auto):
-    bands.py. cache_type_k, cache_type_v: keys and values are kept as f16, q8_0 or q4_0 (kv_types.py). progress: called
-    with a line while kernels
-    compile. Not thread-safe: one call at a time.
+    (path, scale), added to the matrices that they name; on the CPU alone. Of a relufy adapter the merged model is
+    opened (merged.py). load: copy quantised matrices into memory in the form that kernels like best (copy), read them
+    where the file is mapped (mmap), or copy if memory allows (auto): bands.py. cache_type_k, cache_type_v: keys and
+    values are kept as f16, q8_0 or q4_0 (kv_types.py). progress: called with a line while kernels compile. Not
+    thread-safe: one call at a time.
     """
 
     def __init__(
@@ -90,12 +90,16 @@ class Engine:
         self.kv_types = KVTypes.parse(cache_type_k, cache_type_v)
         if self.kv_types.quantised and placement is not None:
             raise UnsupportedError("cache_type_k, cache_type_v: a GPU keeps keys and values as f16; leave them out")
-        if self.lora and placement is not None:
-            raise UnsupportedError("lora: adapters run on the CPU alone; open the model without a VRAM budget")
         self.file = model if isinstance(model, GGUFFile) else GGUFFile(model)
         self.section: Section | None = None
         self.closed = False
         try:
+            if self.lora:
+                from .merged import opened
+
+                self.file, self.lora = opened(self.file, self.lora, n_threads, progress)
+            if self.lora and placement is not None:
+                raise UnsupportedError("lora: adapters run on the CPU alone; open the model without a VRAM budget")
             self.config = ModelConfig.from_gguf(self.file)
             self.kv_types.check(self.config.name, self.config.head_dim_k, self.config.head_dim_v)
             self.n_ctx = n_ctx or default_context(self.config, n_parallel, self.kv_types)

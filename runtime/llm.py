@@ -43,18 +43,19 @@ _ROWS = 128  # rows of logits asked of the engine at once
 class LLM(Texts, Completions, Embedder, Stateful):
     """A language model out of a GGUF file; `with LLM("model.gguf") as llm: print(llm.chat("Hello"))`.
 
-    model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be.
-    n_ctx: tokens of context (None = the model's, capped by memory); n_threads: None = the machine's cores.
-    seed: for calls that give none; None = a fresh one a call. sparsity: which FFN neurons are computed: auto (all that
-    matter), dense, exact, threshold=D or predict. placement: what runs on the GPU (hotcold.place makes one); None: all
-    runs on the CPU. n_parallel: answers that are computed at once, each with a context of n_ctx; n_queue: answers that
-    may wait for that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far
-    for each that is chosen (prompt lookup): the model's own choices, in fewer steps where text repeats. lora: adapters
-    (GGUF) as paths or pairs (path, scale). load: copy the weights into memory in the form that is fastest (copy), read
-    them where the file is mapped (mmap), or copy if memory allows (auto). cache_type_k, cache_type_v: keys and values
-    are kept as f16, or in less memory, which changes answers a little, as q8_0 or q4_0. prompt_cache: a file of what
-    prompts began with: taken up at the start if it is there, written by close(). trace: notes what ran when. progress:
-    takes lines about slow steps (verbose sends them to stderr).
+    model: a path, or a name that runtime.models.resolve takes (alias, hf: reference), fetched if need be. n_ctx: tokens
+    of context (None = the model's, capped by memory); n_threads: None = the machine's cores. seed: for calls that give
+    none; None = a fresh one a call. sparsity: which FFN neurons are computed: auto (all that matter), dense, exact,
+    threshold=D or predict. placement: what runs on the GPU (hotcold.place makes one); None: all runs on the CPU.
+    n_parallel: answers that are computed at once, each with a context of n_ctx; n_queue: answers that may wait for
+    that, past which BusyError is raised (None: any number). lookup: tokens to guess from the text so far for each that
+    is chosen (prompt lookup): the model's own choices, in fewer steps where text repeats. lora: adapters (GGUF) as
+    paths or pairs (path, scale); of a relufy adapter the merged model is opened, made the first time. load: copy the
+    weights into memory in the form that is fastest (copy), read them where the file is mapped (mmap), or copy if memory
+    allows (auto). cache_type_k, cache_type_v: keys and values are kept as f16, or in less memory, which changes answers
+    a little, as q8_0 or q4_0. prompt_cache: a file of what prompts began with: taken up at the start if it is there,
+    written by close(). trace: notes what ran when. progress: takes lines about slow steps (verbose sends them to
+    stderr).
 
     The same prompt, settings, seed and form of the weights (load) give the same text, on a new LLM and on one that
     answered other prompts before, alone and among other answers. Two things round otherwise. A prompt that goes on

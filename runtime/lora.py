@@ -46,28 +46,57 @@ class Change:
     path: Path
 
 
+def relufied(lora: Sequence[tuple[Path, float]]) -> Path | None:
+    """The adapter among some that changes the activation, which cannot run beside the matrices; None if none does.
+
+    Raises UnsupportedError for two such, ParameterError where its scale is not 1, and Adapter's errors.
+    """
+    found = None
+    for path, scale in lora:
+        with Adapter(path) as adapter:
+            if adapter.activation is None:
+                continue
+        if scale != 1:
+            raise ParameterError(f"lora: got a scale of {scale:g} for {path}, wanted 1, as it changes the activation")
+        if found is not None:
+            raise UnsupportedError(f"lora: {found} and {path} both change the activation; wanted one of them")
+        found = path
+    return found
+
+
 def changes(model: GGUFFile, lora: Sequence[tuple[Path, float]]) -> dict[str, Change]:
     """What adapters add to the matrices of a model, by the names that the decoder knows; their ranks add up.
 
-    FormatError or UnsupportedError where one of them is not for this model.
+    FormatError or UnsupportedError where one of them is not for this model, or changes the activation.
     """
+    if lora and (path := relufied(lora)):
+        raise UnsupportedError(
+            f"{path}: changes the activation, so it has to be merged first (`hotcold convert --lora`)"
+        )
+    return {
+        own: Change(Factors(change.factors.a, change.factors.b[rows]), change.path)
+        for name, change in collect(model, lora).items()
+        for own, rows in _rows(model, name)
+    }
+
+
+def collect(model: GGUFFile, lora: Sequence[tuple[Path, float]]) -> dict[str, Change]:
+    """What adapters of any kind add to a model's matrices, by the names of its tensors; errors as of Adapter.check."""
     found: dict[str, Change] = {}
     with ExitStack() as stack:
         for path, scale in lora:
             adapter = stack.enter_context(Adapter(path))
             adapter.check(model)
             for name in adapter.ranks:
-                if name == "token_embd.weight" or len(model.tensors[name].shape) > 2:
+                if name == "token_embd.weight" or (name in model.tensors and len(model.tensors[name].shape) > 2):
                     what = "experts" if name.endswith("_exps.weight") else "embeddings"
                     raise UnsupportedError(f"{path}: tensor {show(name)}: adapters of {what} are not supported")
                 factors, by = adapter.factors(name), adapter.scale(scale, name)
-                for own, rows in _rows(model, name):
-                    before = found.get(own)
-                    a, b = factors.a, _scaled(path, factors.b[rows], by)
-                    if before:
-                        a = np.concatenate([before.factors.a, a])
-                        b = np.concatenate([before.factors.b, b], axis=1)
-                    found[own] = Change(Factors(a, b), path)
+                a, b = factors.a, _scaled(path, factors.b, by)
+                if before := found.get(name):
+                    a = np.concatenate([before.factors.a, a])
+                    b = np.concatenate([before.factors.b, b], axis=1)
+                found[name] = Change(Factors(a, b), path)
     return found
 
 

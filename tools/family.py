@@ -63,8 +63,9 @@ def _adapter(gguf: GGUFFile) -> dict[str, Any]:
         parts = sorted({name.split(".", 2)[-1].removesuffix(".weight") for name in adapter.ranks})
         scale = f", alpha {adapter.alpha:g}" if adapter.alpha else ""
         rank = f"rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[1:] else "")
+        merged = f"; makes a {adapter.activation} model, in a file that is written when it is first used"
         features = {
-            "adapter": f"LoRA for {adapter.arch} models (--lora), {rank}{scale}",
+            "adapter": f"LoRA for {adapter.arch} models (--lora), {rank}{scale}{merged if adapter.activation else ''}",
             "changes": f"{len(adapter.ranks)} matrices: {', '.join(parts)}",
         }
         return {"family": adapter.arch, "features": features}

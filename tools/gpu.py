@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..formats.errors import GPUError
-from .console import StatusLine, find_model, human_bytes, note, printable
+from .console import StatusLine, find_model, human_bytes, note, printable, settled
 
 if TYPE_CHECKING:
     from ..formats.config import ModelConfig
@@ -74,6 +74,7 @@ def open_llm(
     try:
         from ..runtime.llm import LLM
 
+        path, lora = settled(path, lora, n_threads, status)
         with timeline(gpu) as trace:
             n_parallel = serving.get("n_parallel", 1)
 
