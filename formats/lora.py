@@ -91,7 +91,8 @@ class Adapter:
                 raise FormatError(file.path, f"key '{key}'", "one", f"none without a key '{self.arch}.{ACTIVATION}'")
             self.floors = tuple(map(float, values))
             if not all(0 <= floor <= 1e6 for floor in self.floors):
-                raise FormatError(file.path, f"key '{key}'", show(str(list(self.floors)), 40), "numbers from 0 to 1e+06")
+                got = show(str(list(self.floors)), 40)
+                raise FormatError(file.path, f"key '{key}'", got, "numbers from 0 to 1e+06")
 
     def _half(self, name: str) -> TensorInfo:
         info = self.file.tensors.get(name)

@@ -42,14 +42,15 @@ def settle(
     if adapter is None:
         return path, list(lora)
     with GGUFFile(path) as base:
-        out = folder() / f"{path.stem[:40]}-{adapter.stem[:40]}-{_digest(base, adapter)[:16]}.gguf"
+        digest = _digest(base, adapter)[:24]
+        out = next(folder().glob(f"*-{digest}.gguf"), folder() / f"{path.stem[:40]}-{adapter.stem[:40]}-{digest}.gguf")
         if not out.exists():
             with Adapter(adapter) as change:
                 change.check(base)
     if not out.exists():
         with models.storage_errors(folder()):
             folder().mkdir(parents=True, exist_ok=True)
-            with models.locked(out.with_name(f".{out.name}.lock"), "merging this adapter", _lines(progress)):
+            with models.locked(out.with_name(f".{digest}.lock"), "merging this adapter", _lines(progress)):
                 if not out.exists():  # nor has another process made it meanwhile
                     _make(path, adapter, out, n_threads, progress)
                     if tell := say or progress:
