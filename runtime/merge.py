@@ -77,6 +77,8 @@ def merge(
         raise ParameterError("lora: got no adapter, wanted at least one to merge")
     if out.resolve() == path.resolve():
         raise ParameterError(f"{out}: is the model itself; name another file to write")
+    if out.is_dir():
+        raise StorageError(f"{out}: is a folder; name the file to write")
     if (side := sidecar_path(out)).exists():
         raise StorageError(f"{side}: the section of an earlier {out.name}; delete it, or name another file to write")
     report = Report(relufied=relufied(lora))
@@ -88,7 +90,7 @@ def merge(
         types = _types(file, changed, GGMLType[kind.upper()] if kind else None, report)
         keys: dict[str, Value] = {}
         if report.relufied:
-            keys = _relufied_keys(report.relufied, config, types["blk.0.ffn_gate.weight"])
+            keys = _relufied_keys(report.relufied, config, types)
         if any(map(mixes.is_quantised, types.values())):
             keys["general.quantization_version"] = 2
         dropped = [key for key in file.metadata if report.relufied and key.startswith("general.base_model.")]
@@ -122,7 +124,7 @@ def _types(file: GGUFFile, changed: Mapping[str, Change], kind: GGMLType | None,
     types = {name: info.type for name, info in file.tensors.items()}
     for name, change in changed.items():
         # what a model has no matrix for, the bypass, goes with the neurons
-        own = types.get(name) or types[f"{name.rpartition('.ffn_')[0]}.ffn_gate.weight"]
+        own = types[name if name in types else f"{name.rpartition('.ffn_')[0]}.ffn_gate.weight"]
         new_weights = report.relufied is not None and (name.endswith(_FFN) or name not in file.tensors)
         wanted = kind or own
         if kind is None and own.name not in (_FLOATS if new_weights else ENCODED):
@@ -141,7 +143,7 @@ def _shape(change: Change) -> tuple[int, int]:
     return change.factors.a.shape[1], change.factors.b.shape[0]
 
 
-def _relufied_keys(path: Path, config: ModelConfig, kind: GGMLType) -> dict[str, Value]:
+def _relufied_keys(path: Path, config: ModelConfig, types: Mapping[str, GGMLType]) -> dict[str, Value]:
     """What the metadata of a file says into which this adapter was merged."""
     with Adapter(path) as adapter:
         assert adapter.activation is not None
@@ -150,7 +152,7 @@ def _relufied_keys(path: Path, config: ModelConfig, kind: GGMLType) -> dict[str,
         if config.n_expert or not config.gated:
             what = "a mixture of experts" if config.n_expert else "an FFN without a gate"
             raise UnsupportedError(f"{path}: changes the activation of gated FFNs; {config.name!r:.60} has {what}")
-        given = adapter.file.metadata
+        given, kind = adapter.file.metadata, types["blk.0.ffn_down.weight"]
         keys: dict[str, Value] = {
             f"{config.arch}.{ACTIVATION}": adapter.activation,
             "general.name": f"{config.name} ReLU",

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from hotcold import Engine, GGUFFile
 from hotcold.formats.config import ModelConfig
 from hotcold.formats.errors import FormatError, HotcoldError, StorageError, UnsupportedError
+from hotcold.formats.gguf_rewrite import rewrite
 from hotcold.formats.lora import Factors
 from hotcold.formats.section import find_section
 from hotcold.formats.section_file import update_section
@@ -344,6 +345,8 @@ def test_a_wrong_adapter_is_one_line(tiny_model: Make, tmp_path: Path) -> None:
         ((tmp_path, tmp_path / "out.gguf", "--lora", path), "convert the checkpoint first"),
         ((model, tmp_path / "out.gguf", "--lora", path, "--type", "iq2_xxs"), "wanted one of F32"),
         ((model, tmp_path / "no" / "out.gguf", "--lora", path), "can be written"),
+        ((model, tmp_path, "--lora", path), "is a folder; name the file"),
+        ((model, tmp_path / "a.gguf", "-o", tmp_path / "b.gguf", "--lora", path), "given twice"),
     ):
         assert message in run("convert", *arguments, fails=True)
     (tmp_path / "hotcold-out.gguf").touch()
@@ -374,8 +377,20 @@ def test_ordinary_adapters_are_merged_at_convert(tiny_model: Make, tmp_path: Pat
 
 
 def test_types_that_nothing_encodes(tiny_model: Make, tmp_path: Path) -> None:
-    types = {"blk.0.attn_q.weight": "IQ4_NL", "blk.0.ffn_up.weight": "IQ4_NL"}
-    model, path, out = tiny_model(types=types), tmp_path / "adapter.gguf", tmp_path / "out.gguf"
+    model, path, out = tmp_path / "model.gguf", tmp_path / "adapter.gguf", tmp_path / "out.gguf"
+    rng = np.random.default_rng(0)
+    with GGUFFile(tiny_model()) as file:
+        types = {name: info.type for name, info in file.tensors.items()}
+        types |= dict.fromkeys(("blk.0.attn_q.weight", "blk.0.ffn_up.weight"), GGMLType.IQ4_NL)
+
+        def data(name: str) -> list[np.ndarray]:
+            if types[name] == GGMLType.F32:
+                return [file.data(name)]
+            blocks = rng.integers(0, 256, (file.info(name).n_rows * 2, 18)).astype(np.uint8)
+            blocks[:, :2] = np.array([0.002], np.float16).view(np.uint8)
+            return [blocks.reshape(-1)]
+
+        rewrite(file, model, types, data, {})
     added = make_adapter(path, {"blk.0.attn_q.weight": (64, 64)})
     assert "Q8_0 stands in for IQ4_NL" in run("convert", model, out, "--lora", path)
     with GGUFFile(model) as old, GGUFFile(out) as new:
@@ -396,7 +411,7 @@ def test_the_same_model_in_another_type(tiny_model: Make, tmp_path: Path) -> Non
         return {part: Factors(a.astype(np.float32), b.astype(np.float32)) for part, (a, b) in draw.items()}
 
     with GGUFFile(model) as file:
-        relu_adapter.write(file, ModelConfig.from_gguf(file), path, factors, FLOORS, {})
+        relu_adapter.write(file, ModelConfig.from_gguf(file), path, factors, [0.0, 0.0], {})
     quantize(model, smaller, "Q8_0", Options(n_threads=1))
     assert relative_error(logits(smaller, [path]), logits(model, [path])) < 0.05
     with pytest.raises(FormatError, match="norm_hash.*whose norms are others, wanted the model.*'tiny', in any type"):
