@@ -241,6 +241,14 @@ def find_section(model: GGUFFile, config: ModelConfig | None = None) -> Section 
     return Section(image, section is None or section.attached, config)
 
 
+def has_section(model: GGUFFile) -> bool:
+    """Whether there is one inside the model or beside it, whole or damaged."""
+    try:
+        return sidecar_path(model.path).exists() or attached_footer(model) is not None
+    except TornError:
+        return True
+
+
 def stored_section(model: GGUFFile, config: ModelConfig | None = None) -> Section | None:
     """The section beside a model, else the one at its end; None if there is none.
 

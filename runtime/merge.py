@@ -27,6 +27,7 @@ from ..formats.gguf_header import show
 from ..formats.gguf_rewrite import Value, rewrite
 from ..formats.lora import ACTIVATION, FLOORS, NORM_HASH, Adapter
 from ..formats.pages import forget
+from ..formats.section import has_section
 from ..formats.section_file import Contents, SectionTensor, silent, update_section
 from ..formats.section_image import Progress
 from ..formats.section_layout import sidecar_path
@@ -45,13 +46,15 @@ class Report:
     """What was written. types: how many changed matrices became each.
 
     fallen: (tensor, type wanted, type given) where blocks do not divide the rows; unwritable: types that nothing here
-    encodes, for which Q8_0 stands in; relufied: the adapter that changed the activation, if one did.
+    encodes, for which Q8_0 stands in; relufied: the adapter that changed the activation, if one did; section: the model
+    has one, which is not carried over.
     """
 
     types: Counter[str] = field(default_factory=Counter)
     fallen: list[tuple[str, str, str]] = field(default_factory=list)
     unwritable: set[str] = field(default_factory=set)
     relufied: Path | None = None
+    section: bool = False
 
 
 def merge(
@@ -83,7 +86,7 @@ def merge(
         raise StorageError(f"{side}: the section of an earlier {out.name}; delete it, or name another file to write")
     report = Report(relufied=relufied(lora))
     with GGUFFile(path) as file:
-        config = ModelConfig.from_gguf(file)
+        config, report.section = ModelConfig.from_gguf(file), has_section(file)
         if file.powerinfer:
             raise UnsupportedError(f"{path}: is one of PowerInfer's files; `hotcold convert` makes it a GGUF first")
         changed = collect(file, lora)

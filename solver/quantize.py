@@ -16,10 +16,10 @@ from ..formats.gguf import GGUFFile, TensorInfo
 from ..formats.gguf_header import show
 from ..formats.gguf_rewrite import rewrite
 from ..formats.pages import forget
-from ..formats.section import attached_footer
+from ..formats.section import has_section
 from ..formats.section_file import silent
 from ..formats.section_image import Progress
-from ..formats.section_layout import TornError, sidecar_path
+from ..formats.section_layout import sidecar_path
 from ..formats.types import GGMLType
 from ..runtime.encode import ENCODED, Encoder, NotFiniteError, row_bytes
 
@@ -104,7 +104,7 @@ def _check_kind(file: GGUFFile) -> None:
 def _plan(file: GGUFFile, mix: mixes.Mix, facts: mixes.Facts, options: Options) -> tuple[dict[str, GGMLType], Report]:
     """The type of each tensor, and a report of what will come of it."""
     types: dict[str, GGMLType] = {}
-    report = Report(mix, 0, 0, 0, Counter(), section=_has_section(file))
+    report = Report(mix, 0, 0, 0, Counter(), section=has_section(file))
     for name, info in file.tensors.items():
         k = info.shape[0]
         wanted = mixes.preferred(mix, name, info.shape, facts, options.pure, options.output, options.embedding)
@@ -125,13 +125,6 @@ def _plan(file: GGUFFile, mix: mixes.Mix, facts: mixes.Facts, options: Options) 
         report.bytes_after += info.n_rows * row_bytes(kind.name, k)
         report.types[kind.name] += 1
     return types, report
-
-
-def _has_section(file: GGUFFile) -> bool:
-    try:
-        return sidecar_path(file.path).exists() or attached_footer(file) is not None
-    except TornError:
-        return True
 
 
 def _weights(

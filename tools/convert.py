@@ -115,6 +115,8 @@ def _merge(source: str, out: Path | None, lora: list[str], kind: str | None, thr
         note(fallen_note(report.fallen))
     if report.unwritable:
         note(f"Q8_0 stands in for {', '.join(sorted(report.unwritable))}, which nothing here encodes; --type chooses")
+    if report.section:
+        note(f"the section of {path.name} is not carried over, as it belongs to the old weights")
     if report.relufied:
         note(
             "a ReLU model, with ffn_down by neurons in its section; llama.cpp cannot run it, or would run it with SiLU"

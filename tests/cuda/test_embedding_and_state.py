@@ -8,6 +8,7 @@ import cuda_simulator  # noqa: F401
 import numpy as np
 import pytest
 import tiny
+from adapters import make_adapter, matrices
 
 from hotcold import LLM, Engine
 from hotcold.formats.errors import UnsupportedError
@@ -38,8 +39,9 @@ def test_embeddings_with_the_output_on_the_cpu(model: Path) -> None:
 
 
 def test_what_a_gpu_refuses(model: Path, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter.gguf", matrices(model))
     with pytest.raises(UnsupportedError, match="lora: .* VRAM budget"):
-        Engine(model, placement=placed(head=True), lora=["adapter.gguf"])
+        Engine(model, placement=placed(head=True), lora=[tmp_path / "adapter.gguf"])
     options = {"n_ctx": 64, "n_threads": 2, "placement": placed(head=True)}
     with LLM(model, **options) as llm:  # type: ignore[arg-type]
         with pytest.raises(UnsupportedError, match="embeddings: .* VRAM budget"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import cuda_simulator  # noqa: F401
 import pytest
+from adapters import FFN, make_adapter, matrices
 from typer.testing import CliRunner, Result
 
 from hotcold.tools.cli import app
@@ -72,6 +73,20 @@ def test_memory_that_another_process_took_meanwhile(tiny_model: MakeModel, monke
     assert got.exit_code == 0 and got.stdout == run(model).stdout
     assert "the GPU is not used: GPU 0 (CUDA simulator): out of memory: wanted" in got.stderr
     assert run(model, "--vram-budget", "700MiB", "--require-gpu").exit_code == 1
+
+
+def test_a_relufy_adapter(tiny_model: MakeModel, tmp_path: Path) -> None:
+    """The merged model is what is placed; ordinary adapters stay refused."""
+    model, path, other = tiny_model(**SIZES), tmp_path / "adapter.gguf", tmp_path / "other.gguf"
+    keys = {"llama.hidden_activation": "relu"}
+    make_adapter(path, matrices(model, FFN), metadata=keys, strength=1.0)
+    make_adapter(other, matrices(model))
+    got = run(model, "--vram-budget", "700MiB", "--lora", str(path))
+    assert got.exit_code == 0, got.stderr
+    assert "of the neurons" in got.stderr and "once" in got.stderr
+    assert got.stdout == run(model, "--lora", str(path)).stdout
+    refused = run(model, "--vram-budget", "700MiB", "--lora", str(path), "--lora", str(other))
+    assert refused.exit_code == 1 and "lora: adapters run on the CPU alone" in refused.stderr
 
 
 @pytest.mark.parametrize("budget", ["lots", "-1", "8 Gb x", "120%"])

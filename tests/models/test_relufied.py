@@ -360,8 +360,12 @@ def test_ordinary_adapters_are_merged_at_convert(tiny_model: Make, tmp_path: Pat
     model, path, out = tiny_model(qtype=qtype), tmp_path / "adapter.gguf", tmp_path / "out.gguf"
     added = make_adapter(path, matrices(model, ("attn_q", "ffn_down")))
     base = naive.load(model).tensors
+    shutil.copy(model, tmp_path / "model.gguf")
+    model = tmp_path / "model.gguf"
+    with GGUFFile(model) as file:
+        update_section(model, transpose.contents(file, ModelConfig.from_gguf(file)))
     said = run("convert", model, out, "--lora", f"{path}=-0.5")
-    assert f"4 {qtype}" in said and "ReLU" not in said
+    assert f"4 {qtype}" in said and "ReLU" not in said and "section of model.gguf is not carried over" in said
     for kind in (qtype, "Q8_0"):
         if kind != qtype:
             run("convert", model, out, "--lora", f"{path}=-0.5", "--type", kind)
