@@ -13,7 +13,8 @@ class WatchedEngine:
     """observe() shows seeded normal values, the same for the same token and layer; scale: of the gates, by layer."""
 
     def __init__(self, n_layer: int = 3, n_embd: int = 8, n_ff: int = 40, activation: str = "silu") -> None:
-        self.config = SimpleNamespace(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, activation=activation)
+        sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_ff": n_ff, "activation_floors": (0.0,) * n_layer}
+        self.config = SimpleNamespace(**sizes, activation=activation)
         self.config.has = lambda tensor: False
         self.file = None
         self.n_ctx = 64
