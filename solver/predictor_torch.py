@@ -27,8 +27,8 @@ class FFN:
     """A layer's weights: gate and up [n_ff, n_embd]; down_norms [n_ff], the lengths of ffn_down's columns.
 
     Without a gate, up is in its place and None. limit: the threshold of |act(gate)| above which a neuron is active;
-    None: where its gate is above zero. gate_bias, up_bias: [n_ff]. post: what a norm makes of the output
-    (neurons.post_norm), or 0.
+    None: where it is not zero. gate_bias, up_bias: [n_ff]. post: what a norm makes of the output (neurons.post_norm),
+    or 0. floor: below it, an activated gate is 0.
     """
 
     gate: Tensor
@@ -39,6 +39,7 @@ class FFN:
     gate_bias: Tensor | None = None
     up_bias: Tensor | None = None
     post: float = 0.0
+    floor: float = 0.0
 
     def see(self, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """(active bool, energy float32) [n_tok, n_ff] for normed inputs [n_tok, n_embd] and residuals' squares [n_tok].
@@ -48,7 +49,12 @@ class FFN:
         """
         gate = _projected(x, self.gate, self.gate_bias)
         value = _ACTIVATIONS[self.activation](gate)
-        active = gate > 0 if self.limit is None else value.abs() > self.limit
+        if self.floor:
+            value = value.where(value.abs() >= self.floor, 0.0)
+        if self.limit is not None:
+            active = value.abs() > self.limit
+        else:
+            active = value > 0 if self.floor else gate > 0  # a small gate's square may be zero
         if self.up is not None:
             up = _projected(x, self.up, self.up_bias)
             value = value * (F.relu(up) if self.activation == "drelu" else up)

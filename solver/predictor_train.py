@@ -89,14 +89,6 @@ def _aims(plan: Plan) -> tuple[float, float]:
     return plan.recall + _MARGIN * (1 - plan.recall), plan.energy + _MARGIN * (1 - plan.energy)
 
 
-def _limit(config: ModelConfig, plan: Plan, layer: int) -> float | None:
-    """What |act(gate)| of an active neuron is above: the wanted threshold, or the model's own floor; None: zero."""
-    floor = config.activation_floors[layer]
-    if plan.limits is not None:
-        return max(float(plan.limits[layer]), floor)
-    return floor or None
-
-
 @dataclass(frozen=True)
 class _Draft:
     """A trained predictor as stored, its cut-offs still open: one choice for each price."""
@@ -125,10 +117,11 @@ class _Layer:
             tensor("ffn_up.weight") if config.gated else None,
             down.norm(dim=0),
             config.activation,
-            _limit(config, plan, n),
+            None if plan.limits is None else float(plan.limits[n]),
             tensor(f"{projections(config)[0]}.bias"),
             tensor("ffn_up.bias") if config.gated else None,
             post_norm(file, config, n),
+            config.activation_floors[n],
         )
         self.inputs, self.sizes = recorded.inputs[n], recorded.sizes[n]
         ends = [0, *np.cumsum([split.trained, split.cuts, split.judged]).tolist()]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import copied
 from families import BY_NAME, relative_error
+from gguf import GGUFReader, GGUFWriter
 
 from hotcold import Engine
 from hotcold.formats.config import ModelConfig
@@ -61,6 +62,11 @@ class Last:
         self.x, self.f, gate, up = self.seen[self.layer]
         self.act = naive.ACTIVATIONS[c.activation](gate)
         self.h = naive.glu(gate, up, c.activation)
+
+    def bypass(self) -> np.ndarray:
+        """What goes past the neurons."""
+        made: np.ndarray = self.f @ self.tensor("ffn_bypass.weight").T + self.tensor("ffn_bypass.bias")
+        return made
 
     def tensor(self, name: str) -> Any:
         return self.tensors.get(f"blk.{self.layer}.{name}", 0.0)
@@ -250,6 +256,43 @@ def test_predict_computes_what_is_predicted(family_file: Make, tmp_path: Path, n
     assert sure.mean() > 0.5
     close(got[sure], wanted[sure])
     assert density == pytest.approx(((on >= 0).mean() + last.layer) / (last.layer + 1), abs=0.03)
+
+
+def with_bypass(path: Path, to: Path) -> Path:
+    """A copy of an F32 model with a bypass of random weights in each layer, its neurons as they were."""
+    reader, rng = GGUFReader(path), np.random.default_rng(6)
+    arch = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(to, arch)
+    for name, value in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kinds = value.types
+            writer.add_key_value(name, value.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    for each in reader.tensors:
+        writer.add_tensor(each.name, each.data)
+    n_layer, n = (reader.fields[f"{arch}.{key}"].contents() for key in ("block_count", "embedding_length"))
+    for layer in range(n_layer):
+        weight, bias = rng.normal(0, n**-0.5, (n, n)), rng.normal(0, 0.2, n)
+        writer.add_tensor(f"blk.{layer}.ffn_bypass.weight", weight.astype(np.float32))
+        writer.add_tensor(f"blk.{layer}.ffn_bypass.bias", bias.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return to
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_bypass(family_file: Make, tmp_path: Path, name: str) -> None:
+    """In families with a norm after the FFN, parallel ones, and those without a gate: in dense and sparse modes."""
+    ids, path = BY_NAME[name].prompt, with_bypass(family_file(name), tmp_path / "m.gguf")
+    last = Last(path, ids)
+    limit = between(np.abs(last.act))
+    update_section(path, thresholds([0.0] * last.layer + [limit]))
+    for mode, on in (("dense", np.ones_like(last.h, bool)), ("threshold=0.5", np.abs(last.act) >= limit)):
+        neurons = np.where(on, last.h, 0) @ last.tensor("ffn_down.weight").T + last.tensor("ffn_down.bias")
+        wanted = last.after(neurons + last.bypass())
+        assert relative_error(last.after(neurons), wanted) > 0.02
+        close(run(path, ids, mode)[0], wanted)
 
 
 @pytest.mark.parametrize("sparsity", ["dense", "exact"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def test_what_neurons_really_do(activation: str, limit: float | None) -> None:
     squares = (value * layer.down_norms.numpy()) ** 2
     share = squares / (size[:, None] + squares.sum(axis=1, keepdims=True))
     np.testing.assert_allclose(energy, share, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("activation", "limit"), [("relu", None), ("relu2", None), ("silu", 0.6)])
+def test_below_a_floor_they_are_not_there(activation: str, limit: float | None) -> None:
+    layer, (x, size) = replace(ffn(activation, limit), floor=0.5), inputs()
+    active, energy = layer.see(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(size))
+    gate, up = (x.astype(np.float64) @ w.numpy().T for w in (layer.gate, layer.up))
+    strength = np.abs(naive.ACTIVATIONS[activation](gate))
+    assert (active.numpy() != (strength > (limit or 0.5))).mean() < 1e-4
+    sure = np.abs(strength - 0.5).min(axis=1) > 1e-4
+    squares = np.where(strength >= 0.5, naive.glu(gate, up, activation) * layer.down_norms.numpy(), 0) ** 2
+    share = squares / (size[:, None] + squares.sum(axis=1, keepdims=True))
+    assert sure.mean() > 0.9 and 0.01 < ((strength > 0) & (strength < 0.5)).mean()
+    np.testing.assert_allclose(energy[sure], share[sure], rtol=1e-2, atol=1e-6)
 
 
 def test_without_a_gate_with_biases_and_a_norm_after() -> None:
@@ -170,6 +185,19 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
         predicted = np.array(engine.eval(engine.new_sequence(), ids))
     with Engine(model, n_threads=1, sparsity="dense") as engine:
         assert np.abs(engine.eval(engine.new_sequence(), ids) - predicted).max() < np.abs(predicted).max() * 0.5
+
+
+def test_a_model_with_a_bypass_and_floors(tiny_model: Make, tmp_path: Path) -> None:
+    """Predictors learn which neurons reach their floor; what goes past the neurons is no matter of theirs."""
+    path, arguments = tmp_path / "model.gguf", ["-t", "1", "--epochs", "1", "--json", "--no-perplexity", "--dry-run"]
+    found = {}
+    for floors in ((0.0, 0.0), (0.3, 0.3)):
+        path.write_bytes(tiny_model(metadata=RELU, n_vocab=4000, bypass=True, floors=floors).read_bytes())
+        result = invoke("train-predictor", path, text_file(tmp_path), *arguments)
+        assert result.exit_code == 0, result.output
+        found[floors] = json.loads(result.stdout)["overall"]
+    assert found[0.3, 0.3]["active"] < 0.8 * found[0.0, 0.0]["active"]
+    assert all(each["recall"] >= 0.93 and each["energy"] > 0.98 for each in found.values())
 
 
 def test_dejavu_and_other_types(model: Path, tmp_path: Path) -> None:
