@@ -13,6 +13,7 @@ from typing import Any
 import cuda_simulator  # noqa: F401
 import numpy as np
 import pytest
+from bypasses import with_bypass
 from checkpoints import copied
 from families import BY_NAME, relative_error
 
@@ -97,6 +98,18 @@ def test_transformers_logits(family_file: Make, name: str, where: str, n_tokens:
     path, (ids, logits) = family_file(name), BY_NAME[name].batch[0]
     got = run(path, placed(config_of(path), where), ids[:n_tokens])
     assert relative_error(got, logits[:n_tokens]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("falcon-7b", "split"), ("gemma2", "split"), ("gemma2", "all"), ("olmo2", "mapped"), ("opt", "alternate")],
+)
+def test_a_bypass_is_the_cpus(family_file: Make, tmp_path: Path, name: str, where: str) -> None:
+    """Set in or added to what norms come after, beside parallel attention, and with sums of both sides."""
+    path, ids = with_bypass(family_file(name), tmp_path / "m.gguf"), BY_NAME[name].batch[0][0][:3]
+    wanted = run(path, None, ids)
+    assert relative_error(run(family_file(name), None, ids), wanted) > 20 * TOLERANCE
+    assert relative_error(run(path, placed(config_of(path), where), ids), wanted) < TOLERANCE
 
 
 @pytest.fixture(scope="module")
