@@ -174,14 +174,17 @@ def _relufied_keys(path: Path, config: ModelConfig, types: Mapping[str, GGMLType
 
 def _section(config: ModelConfig, types: Mapping[str, GGMLType], writer: _Writer) -> Contents:
     """ffn_down by neurons, which the sparse modes read."""
-    kind, tensors = types["blk.0.ffn_down.weight"], []
-    if kind.name not in _DOWN_T:
-        kind = GGMLType.Q8_0
-    if config.n_ff % kind.block_size or config.n_embd % kind.block_size:
-        kind = GGMLType.F16
+    tensors = []
     for layer in range(config.n_layer):
-        make = partial(writer.turned, f"blk.{layer}.ffn_down.weight", kind)
-        tensors.append(SectionTensor(f"blk.{layer}.ffn_down_t.weight", (config.n_embd, config.n_ff), kind, make))
+        name = f"blk.{layer}.ffn_down.weight"
+        kind = types[name]
+        # columns do not fit into the blocks of rows that were quantised before
+        if kind.name not in (_DOWN_T if name in writer.changed else _FLOATS):
+            kind = GGMLType.Q8_0
+        if config.n_ff % kind.block_size or config.n_embd % kind.block_size:
+            kind = GGMLType.F16
+        make, shape = partial(writer.turned, name, kind), (config.n_embd, config.n_ff)
+        tensors.append(SectionTensor(f"blk.{layer}.ffn_down_t.weight", shape, kind, make))
     return Contents({}, tensors)
 
 

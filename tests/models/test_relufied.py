@@ -163,6 +163,23 @@ def test_types(tiny_model: Make, tmp_path: Path, kind: str, turned: str) -> None
         assert section.image.tensors["blk.1.ffn_down_t.weight"].type.name == turned
 
 
+def test_matrices_that_an_adapter_leaves_alone(tiny_model: Make, tmp_path: Path) -> None:
+    """They keep their bytes; a quantised ffn_down by neurons is Q8_0, as columns are not on the grid of rows."""
+    model, path, out = tiny_model(qtype="Q4_0"), tmp_path / "adapter.gguf", tmp_path / "out.gguf"
+    added = make_adapter(path, {"blk.0.ffn_gate.weight": (96, 64)}, metadata={KEY: "relu"})
+    run("convert", model, out, "--lora", path)
+    with GGUFFile(model) as old, GGUFFile(out) as new, find_section(new) as section:
+        for name in matrices(model):
+            assert (new.tensors[name].type == GGMLType.Q4_0) == (name not in added)
+        for layer in range(2):
+            turned = section.image.tensors[f"blk.{layer}.ffn_down_t.weight"]
+            down = old.dequantized(f"blk.{layer}.ffn_down.weight")
+            assert turned.type == GGMLType.Q8_0
+            assert np.abs(section.image.dequantized(turned.name) - down.T).max() <= np.abs(down).max() / 127
+    exact, dense = (logits(model, [path], sparsity=mode) for mode in ("exact", "dense"))
+    assert relative_error(exact, dense) < 1e-3
+
+
 def test_made_once(tiny_model: Make, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And again for another adapter, or another model; not for one that was moved or has a section."""
     model, path = tmp_path / "model.gguf", tmp_path / "adapter.gguf"
