@@ -1,250 +1,165 @@
-"""Training of ReLU FFNs against the model that they replace: layer by layer, then all of them together (PyTorch)."""
+"""The last stages of relufy: all layers are trained together, so that the student's next tokens meet the teacher's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..formats.errors import TrainingError
-from .torch_model import TorchModel
+from .student import Student
+from .top_tokens import Teaching, divergence
 
-PARTS = ("gate", "up", "down")
-LAYER_LR, MODEL_LR = 1e-3, 1.5e-4
-LAYER_PRESSURE = 1.0  # relative error per excess of density
-LAYER_BATCH = 1024  # token positions
-MODEL_BATCH = 2048
 WARM_UP = 10  # steps
-HEAD_ROWS = 512  # rows whose logits are in memory at a time
-FORWARD_ROWS = 8192
-SOFTNESS = 0.5  # of the step that stands for `gate > 0` in gradients, in RMS of the gate
-PRESSURE = 150.0  # nats per squared excess of density
-Progress = Callable[[int, int], None]
-
-
-@dataclass
-class Ffn:
-    """A layer's gate and up [n_ff, n_embd] and down [n_embd, n_ff], float32; h = relu(gate x) * (up x)."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-    @classmethod
-    def of(cls, model: TorchModel, layer: int) -> Ffn:
-        """A trainable copy of the model's own."""
-        return cls(*(model.weights[f"blk.{layer}.ffn_{part}.weight"].float().clone() for part in PARTS))
-
-    def tensors(self) -> list[Tensor]:
-        return [self.gate, self.up, self.down]
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(output, raw gate) of normed inputs x, in x's type."""
-        gate = F.linear(x, self.gate.to(x.dtype))
-        hidden = F.relu(gate) * F.linear(x, self.up.to(x.dtype))
-        return F.linear(hidden, self.down.to(x.dtype)), gate
-
-
-class Student:
-    """A teacher whose first len(ffns) layers have other FFNs."""
-
-    def __init__(self, teacher: TorchModel, ffns: list[Ffn]) -> None:
-        self.teacher, self.ffns = teacher, ffns
-
-    def forward(self, x: Tensor, first: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """Normed final residual and the students' raw gates, from the residual x before layer `first`."""
-        teacher, gates = self.teacher, []
-        for layer in range(first, teacher.config.n_layer):
-            x = x + teacher.attention(layer, x)
-            if layer < len(self.ffns):
-                y, gate = self.ffns[layer](teacher.norm(f"blk.{layer}.ffn_norm", x))
-                gates.append(gate)
-                x = x + y
-            else:
-                x = x + teacher.ffn(layer, x)
-        return teacher.norm("output_norm", x), gates
-
-    @torch.no_grad()
-    def evaluate(self, windows: Tensor) -> tuple[float, list[float]]:
-        """(perplexity, density per student layer) on windows of ids int64 [n, n_tokens]."""
-        nll, shares = [], []
-        for ids in windows.split(4):
-            normed, gates = self.forward(self.teacher.embed(ids))
-            nll.append(torch.from_numpy(self.teacher.nll(normed, ids)))
-            shares.append([_density(gate) * len(ids) / len(windows) for gate in gates])
-        return math.exp(float(torch.cat(nll).mean())), [sum(share) for share in zip(*shares, strict=True)]
+PRESSURE = 600.0  # nats per squared excess of density
+FLOOR_RATE = 0.05  # of the way to a layer's new floor, each step
+SLOPE_END = 0.6  # of the training, from where on the density wanted is the last one
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    ffn: Ffn
-    error: float  # of the last batches: squared error over that of no FFN at all
+class Plan:
+    """density: to reach; lr: the highest; batch: windows of a step, of which ubatch are in memory at once.
+
+    chat: share of dialogues, where the text ends with some. steps: how many; None: as many as `progress` allows, which says what share of the time is over.
+    """
+
     density: float
+    lr: float
+    batch: int
+    ubatch: int
+    chat: float
+    seed: int
+    steps: int | None = None
 
 
-class Sequential:
-    """The residual streams of teacher and student, walked up together; each layer is trained on the student's own.
+class Distillation:
+    """AdamW with a short warm-up and a cosine to zero, while the density wanted falls to the last one.
 
-    windows int64 [n, n_tokens]; the streams are float32 [n, n_tokens, n_embd].
+    Layers share the density between them. progress: where steps are not given, the share of the time that is over.
     """
 
-    def __init__(self, teacher: TorchModel, windows: Tensor) -> None:
-        self.model, self.layer = teacher, 0
-        self.teacher = teacher.embed(windows)
-        self.student = self.teacher.clone()
+    def __init__(
+        self, student: Student, teaching: Teaching, plan: Plan, progress: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        self.student, self.teaching, self.plan, self._time = student, teaching, plan, progress
+        self.parameters = [tensor.requires_grad_(True) for ffn in student.ffns for tensor in ffn.tensors()]
+        self.optimizer = torch.optim.AdamW(self.parameters, plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.done, self.share, self.start, self.whole = 0, -1.0, -1.0, True
+        n, n_text = len(teaching.windows), teaching.n_text
+        self._n_chat = round(plan.batch * plan.chat) if n > n_text else 0
+        self._text, self._dialogues = _Deck(0, n_text, plan.seed), _Deck(n_text, n - n_text, plan.seed)
 
-    @torch.no_grad()
-    def attend(self) -> None:
-        """The teacher's stream through the next layer, the student's through its attention only."""
-        for i in range(0, len(self.teacher), 8):
-            x = self.teacher[i : i + 8]
-            x += self.model.attention(self.layer, x)
-            x += self.model.ffn(self.layer, x)
-            s = self.student[i : i + 8]
-            s += self.model.attention(self.layer, s)
+    @property
+    def progress(self) -> float:
+        """The share that is over, 0 to 1."""
+        return min(1.0, self._time() if self.plan.steps is None else self.done / self.plan.steps)
 
-    @torch.no_grad()
-    def pass_through(self, ffn: Ffn) -> None:
-        """The student's stream through its own FFN."""
-        for s in self.student.flatten(0, 1).split(FORWARD_ROWS):
-            s += ffn(self.model.norm(f"blk.{self.layer}.ffn_norm", s))[0]
-        self.layer += 1
-
-    def train(self, density: float, epochs: int, seed: int, progress: Progress) -> LayerResult:
-        """The layer's FFN, trained so that the student meets the teacher's residual after the layer."""
-        model, layer = self.model, self.layer
-        wanted, given = self.teacher.flatten(0, 1), self.student.flatten(0, 1)
-        with torch.no_grad():
-            weight = torch.cat([1 / (x.square().mean(1, keepdim=True).sqrt() + 1e-3) for x in wanted.split(65536)])
-            pairs = zip(wanted.split(65536), given.split(65536), weight.split(65536), strict=True)
-            scale = float(sum(((w - g) * k).square().sum().double() for w, g, k in pairs)) / wanted.numel()
-        ffn = Ffn.of(model, layer)
-        batches = _Batches(len(given), LAYER_BATCH, epochs, seed + layer)
-        trainer = _Trainer(ffn.tensors(), LAYER_LR, len(batches))
-        errors, densities, target = [], [], density
-        for step, rows in enumerate(batches):
-            x = given[rows]
-            out, gate = ffn(model.norm(f"blk.{layer}.ffn_norm", x))
-            loss = ((x + out - wanted[rows]) * weight[rows]).square().mean() / scale
-            share = _density(gate)
-            pressure = LAYER_PRESSURE * max(0.0, share - target)
-            trainer.step([loss + pressure * _soft_density(gate)], [None])
-            errors.append(float(loss.detach()))
-            densities.append(share)
-            if not math.isfinite(errors[-1]):
-                raise TrainingError(f"layer {layer}: the loss is {errors[-1]} at step {step + 1}; try another --seed")
-            progress(step + 1, len(batches))
-        last = max(1, len(errors) // 20)
-        return LayerResult(ffn, sum(errors[-last:]) / last, sum(densities[-last:]) / last)
-
-
-class Together:
-    """All FFNs at once, so that the student's next-token distribution meets the teacher's.
-
-    What is left over by one layer is made good by others here, and the layers share the density between them.
-    """
-
-    def __init__(self, student: Student, windows: Tensor, density: float, seed: int) -> None:
-        self.student, self.windows, self.density = student, windows, density
-        self.parameters = [tensor for ffn in student.ffns for tensor in ffn.tensors()]
-        self.batches = list(_Batches(len(windows), max(1, MODEL_BATCH // windows.shape[1]), 1, seed))
-        self.steps, self.done, self.share, self.start = len(self.batches), 0, -1.0, -1.0
-        self.trainer = _Trainer(self.parameters, MODEL_LR, self.steps)
+    def target(self) -> float:
+        """The density wanted now."""
+        goal = self.plan.density
+        return goal + max(0.0, self.start - goal) * max(0.0, 1 - self.progress / SLOPE_END)
 
     def step(self) -> tuple[float, float]:
-        """One step; returns the divergence (nats per token) and the density of its batch."""
-        teacher = self.student.teacher
-        ids = self.windows[self.batches[self.done]]
-        with torch.no_grad():
-            wanted = teacher.forward(ids)
-        normed, gates = self.student.forward(teacher.embed(ids))
-        loss, gradient = _divergence(wanted.flatten(0, 1), normed.detach().flatten(0, 1), teacher.head())
-        share = sum(map(_density, gates)) / len(gates)
+        """One step; returns the divergence (nats per token) and the density of its batch.
+
+        TrainingError, before anything is changed, where the loss is no number or memory is out.
+        """
+        plan, loss, share = self.plan, 0.0, 0.0
+        pressure = 2 * PRESSURE * max(0.0, self.share - self.target()) if self.share >= 0 else 0.0
+        with self._memory():
+            for which in self._batch(self.done).split(plan.ubatch):
+                part = len(which) / plan.batch
+                ids, expected = self.teaching(which)
+                normed, soft, density, least = self.student.forward(ids)
+                rows = normed.detach().flatten(0, 1)
+                nats, gradient = divergence(expected, rows, self.student.teacher.head())
+                loss, share = loss + part * nats, share + part * float(density.mean())
+                penalty = part * pressure * soft.mean()
+                torch.autograd.backward([normed, penalty], [part * gradient.view_as(normed), None])
         if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at step {self.done + 1} of all layers; try another --seed")
-        # The density wanted falls from what the layers have to the target over the first half.
+            self.optimizer.zero_grad()
+            raise TrainingError(
+                f"the loss is {loss} at step {self.done + 1}; what was kept last is whole: "
+                f"run the same command with a lower --lr (it was {plan.lr:g})"
+            )
+        cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = plan.lr * min(1.0, (self.done + 1) / WARM_UP) * cosine
+        self.whole = False  # an interruption from here on leaves nothing that could be kept
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.start = max(self.start, plan.density, share if self.done == 0 else 0.0)
         self.share = share if self.share < 0 else 0.8 * self.share + 0.2 * share
-        self.start = max(self.start, self.density, share if self.done == 0 else 0.0)
-        target = self.density + (self.start - self.density) * max(0.0, 1 - 2 * self.done / self.steps)
-        pressure = 2 * PRESSURE * max(0.0, self.share - target)
-        penalty = pressure * torch.stack([_soft_density(gate) for gate in gates]).mean()
-        self.trainer.step([normed, penalty], [gradient.view_as(normed), None])
+        self._raise_floors(least.tolist())
         self.done += 1
+        self.whole = True
         return loss, share
+
+    def _raise_floors(self, least: list[float]) -> None:
+        """Let each layer's floor follow what closes its least gates, more of them until the density wanted is last."""
+        share = min(1.0, self.progress / SLOPE_END)
+        for ffn, wanted in zip(self.student.ffns, least, strict=True):
+            ffn.floor += FLOOR_RATE * (share * wanted - ffn.floor)
 
     def state(self) -> dict[str, object]:
         """What `load` continues from."""
         numbers = {"done": self.done, "share": self.share, "start": self.start}
-        return numbers | {"parameters": self.parameters, "optimizer": self.trainer.optimizer.state_dict()}
+        floors = [ffn.floor for ffn in self.student.ffns]
+        return numbers | {"floors": floors, "parameters": self.parameters, "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: dict) -> None:
         """Continue from a state of equal settings."""
         self.done, self.share, self.start = state["done"], state["share"], state["start"]
-        self.trainer.done = self.done
+        for ffn, floor in zip(self.student.ffns, state["floors"], strict=True):
+            ffn.floor = floor
         with torch.no_grad():
             for mine, saved in zip(self.parameters, state["parameters"], strict=True):
                 mine.copy_(saved)
-        self.trainer.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _batch(self, number: int) -> Tensor:
+        """The windows of a step."""
+        n_text = self.plan.batch - self._n_chat
+        return torch.cat([
+            self._text.draw(number * n_text, n_text), self._dialogues.draw(number * self._n_chat, self._n_chat)
+        ])  # fmt: skip
+
+    @contextmanager
+    def _memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            self.optimizer.zero_grad()
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+                raise
+            tokens = self.plan.ubatch * self.teaching.windows.shape[1]
+            fits = f"--ubatch {tokens // 2}" if self.plan.ubatch > 1 else "a machine with more, or --low-rank"
+            if not self.student.saving:
+                fits = f"--checkpointing, or {fits}"
+            raise TrainingError(
+                f"out of memory with {tokens} tokens at once, at step {self.done + 1}; what was kept last is whole: "
+                f"run the same command with {fits}"
+            ) from None
 
 
-class _Trainer:
-    """AdamW with a short warm-up and a cosine to zero."""
+class _Deck:
+    """The numbers first ... first + n - 1, shuffled anew after each round; the same seed gives the same ones."""
 
-    def __init__(self, parameters: list[Tensor], lr: float, steps: int) -> None:
-        for tensor in parameters:
-            tensor.requires_grad_(True)
-        self.lr, self.steps, self.done = lr, steps, 0
-        self.optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    def __init__(self, first: int, n: int, seed: int) -> None:
+        self.first, self.n, self.seed = first, n, seed
+        self._round, self._order = -1, torch.zeros(0, dtype=torch.long)
 
-    def step(self, outputs: list[Tensor], gradients: list[Tensor | None]) -> None:
-        """Backward from the outputs, then one update."""
-        cosine = 0.5 + 0.5 * math.cos(math.pi * self.done / self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * min(1.0, (self.done + 1) / WARM_UP) * cosine
-        torch.autograd.backward(outputs, gradients)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.done += 1
+    def draw(self, start: int, count: int) -> Tensor:
+        """`count` numbers from place `start` of the endless row on."""
+        return torch.tensor([self._at(place) for place in range(start, start + count)], dtype=torch.long)
 
-
-class _Batches:
-    """Row numbers of batches, shuffled anew each epoch; the same seed gives the same ones."""
-
-    def __init__(self, n_rows: int, size: int, epochs: int, seed: int) -> None:
-        self.n_rows, self.size, self.epochs, self.seed = n_rows, min(size, n_rows), epochs, seed
-
-    def __len__(self) -> int:
-        return self.epochs * (self.n_rows // self.size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.epochs):
-            order = torch.randperm(self.n_rows, generator=generator)
-            yield from order[: self.n_rows // self.size * self.size].split(self.size)
-
-
-def _density(gate: Tensor) -> float:
-    return torch.count_nonzero(gate > 0).item() / gate.numel()
-
-
-def _soft_density(gate: Tensor) -> Tensor:
-    """A smooth stand-in for the share of gates > 0; does not change when gates are scaled."""
-    scale = gate.detach().float().square().mean().sqrt() * SOFTNESS
-    return torch.sigmoid(gate / scale.to(gate.dtype)).mean()
-
-
-@torch.no_grad()
-def _divergence(wanted: Tensor, given: Tensor, head: Tensor) -> tuple[float, Tensor]:
-    """Mean KL(teacher || student) in nats, and its gradient by `given`; normed residuals [n, n_embd]."""
-    total, gradients = 0.0, []
-    for t, s in zip(wanted.split(HEAD_ROWS), given.split(HEAD_ROWS), strict=True):
-        log_t = F.linear(t, head).float().log_softmax(-1)
-        log_s = F.linear(s, head).float().log_softmax(-1)
-        p = log_t.exp()
-        total += float((p * (log_t - log_s)).sum())
-        gradients.append((log_s.exp_().sub_(p).div_(len(given))).to(given.dtype) @ head)
-    return total / len(given), torch.cat(gradients)
+    def _at(self, place: int) -> int:
+        number, at = divmod(place, self.n)
+        if number != self._round:
+            self._round = number
+            self._order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed + number))
+        return self.first + int(self._order[at])

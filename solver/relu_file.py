@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 FLOATS = TYPES[:3]
 PARTS = ("gate", "up", "down")
+BYPASS, BIAS = "bypass", "bypass_bias"  # parts that the source does not have
 Weights = Callable[[int], Mapping[str, np.ndarray]]
 
 
@@ -64,12 +66,20 @@ def section(config: ModelConfig, kind: GGMLType, weights: Weights) -> Contents:
 
 
 def write(
-    source: GGUFFile, config: ModelConfig, out: Path, kind: GGMLType, weights: Weights, notes: Mapping[str, Any]
+    source: GGUFFile,
+    config: ModelConfig,
+    out: Path,
+    kind: GGMLType,
+    weights: Weights,
+    floors: Sequence[float],
+    notes: Mapping[str, Any],
 ) -> None:
-    """Write the source with new FFN matrices: weights(layer) gives gate and up [n_ff, n_embd], down [n_embd, n_ff].
+    """Write the source with ReLU, new FFN matrices and what runs beside them.
 
-    All other tensors are copied byte for byte; `notes` (str, int, float or list of str) are added to the metadata.
-    A failed or interrupted run leaves nothing behind. Raises StorageError.
+    weights(layer) gives gate and up [n_ff, n_embd], down [n_embd, n_ff] and, of all layers or none, bypass
+    [n_embd, n_embd] and bypass_bias [n_embd]; floors: by layer, what an open gate must exceed. All other tensors are
+    copied byte for byte; `notes` (str, int, float or list of str) are added to the metadata. A failed or interrupted
+    run leaves nothing behind. Raises StorageError.
     """
     from gguf import GGUFWriter
 
@@ -78,10 +88,11 @@ def write(
         writer = GGUFWriter(unfinished, config.arch)
         try:
             writer.data_alignment = source.alignment
-            _write_metadata(writer, source, config, kind, notes)
-            _write_tensor_list(writer, source, kind)
-            for data in _tensor_data(source, kind, weights):
-                writer.write_tensor_data(data)
+            _write_metadata(writer, source, config, kind, floors, notes)
+            tensors = list(_tensors(source, config, kind, weights))
+            _write_tensor_list(writer, tensors)
+            for _, _, _, data in tensors:
+                writer.write_tensor_data(data())
         finally:
             writer.close()
         os.replace(unfinished, out)
@@ -97,7 +108,8 @@ def _is_ffn(name: str) -> bool:
 
 
 def _write_metadata(
-    writer: GGUFWriter, source: GGUFFile, config: ModelConfig, kind: GGMLType, notes: Mapping[str, Any]
+    writer: GGUFWriter, source: GGUFFile, config: ModelConfig, kind: GGMLType, floors: Sequence[float],
+    notes: Mapping[str, Any]
 ) -> None:
     from gguf import GGUFReader, GGUFValueType, LlamaFileType
 
@@ -127,30 +139,45 @@ def _write_metadata(
             writer.add_key_value(name, value, GGUFValueType.ARRAY, GGUFValueType.STRING)
         else:
             writer.add_key_value(name, value, types[type(value)])
+    if any(floors):
+        key = f"{config.arch}.hidden_activation_threshold"
+        writer.add_key_value(key, list(floors), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 
 
-def _write_tensor_list(writer: GGUFWriter, source: GGUFFile, kind: GGMLType) -> None:
+_Tensor = tuple[str, tuple[int, ...], GGMLType, Callable[[], np.ndarray]]  # name, shape (ne order), type, bytes
+
+
+def _tensors(source: GGUFFile, config: ModelConfig, kind: GGMLType, weights: Weights) -> Iterator[_Tensor]:
+    """Those of the source, in its order; after each ffn_down what runs beside the neurons."""
+    layer, found, there = -1, dict[str, np.ndarray](), set(weights(0))
+
+    def made(number: int, part: str, kind: GGMLType) -> np.ndarray:
+        nonlocal layer, found
+        if number != layer:
+            layer, found = number, dict(weights(number))
+        return encoded(found[part], kind).reshape(-1)
+
+    beside = {BYPASS: ("weight", (config.n_embd,) * 2, kind), BIAS: ("bias", (config.n_embd,), GGMLType.F32)}
+    for name, info in source.tensors.items():
+        if not _is_ffn(name):
+            yield name, info.shape, info.type, partial(source.data, name)
+            continue
+        number, part = int(name.split(".")[1]), name.split(".")[2].removeprefix("ffn_")
+        yield name, info.shape, kind, partial(made, number, part, kind)
+        if part == "down":
+            for own, (ending, shape, own_kind) in beside.items():
+                if own in there:
+                    yield f"blk.{number}.ffn_bypass.{ending}", shape, own_kind, partial(made, number, own, own_kind)
+
+
+def _write_tensor_list(writer: GGUFWriter, tensors: list[_Tensor]) -> None:
     """Write everything before the tensor data."""
     from gguf import GGMLQuantizationType
 
-    for name, info in source.tensors.items():
-        use = kind if _is_ffn(name) else info.type
-        row_bytes = info.shape[0] // use.block_size * use.type_size
-        dims = [*info.shape[:0:-1], row_bytes]
-        n_bytes = info.n_rows * row_bytes
-        writer.add_tensor_info(name, dims, np.dtype(np.uint8), n_bytes, GGMLQuantizationType(use))
+    for name, shape, kind, _ in tensors:
+        row_bytes = shape[0] // kind.block_size * kind.type_size
+        dims = [*shape[:0:-1], row_bytes]
+        writer.add_tensor_info(name, dims, np.dtype(np.uint8), math.prod(dims), GGMLQuantizationType(kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-
-
-def _tensor_data(source: GGUFFile, kind: GGMLType, weights: Weights) -> Iterator[np.ndarray]:
-    layer, found = -1, dict[str, np.ndarray]()
-    for name in source.tensors:
-        if not _is_ffn(name):
-            yield source.data(name)
-            continue
-        _, number, part, _ = name.split(".")
-        if int(number) != layer:
-            layer, found = int(number), dict(weights(int(number)))
-        yield encoded(found[part.removeprefix("ffn_")], kind).reshape(-1)

@@ -1,70 +1,44 @@
 """Turn a SwiGLU or GeGLU model into a ReLU model: train its FFNs against itself, resumably, and write the new file.
 
-First each layer in turn, on the student's own inputs, so that the residual after it meets the teacher's; then all
-layers together, so that the student's next-token distribution meets the teacher's at the wanted density.
+First each layer in turn, in closed form, so that the residual after it meets the teacher's; then all layers together,
+so that the student's next-token distribution meets the teacher's while fewer and fewer neurons are active.
 """
 
 from __future__ import annotations
 
-import hashlib
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.config import ModelConfig
-from ..formats.errors import ParameterError, StorageError, UnsupportedError
+from ..formats.errors import ParameterError
 from ..formats.gguf import GGUFFile
 from ..formats.pages import forget
 from ..formats.section_file import update_section
-from ..formats.section_layout import sidecar_path
+from ..formats.tokenizer import load_tokenizer
 from ..formats.types import GGMLType
-from . import relu_file
+from . import dialogues, relu_file
 from .corpus import Corpus
+from .relufy_checks import HELD_OUT, MIN_WINDOWS, WINDOW, Effort, Recipe, check, check_model, require_torch, work_folder
 from .work import Work
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from .distill import Student
+    from .distill import Distillation
+    from .student import Student
     from .torch_model import TorchModel
 
-WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost time
-HELD_OUT = 16  # windows that are never trained on
-MIN_WINDOWS = 64
-MAX_DIALOGUES = 768  # windows; more are repeated
 SAVES = 20  # of the training of all layers together
-TRAINED = ("silu", "gelu")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How long to train, and for what.
-
-    tokens and epochs: text of the layers in turn; polish: tokens of all layers together (0 leaves that out);
-    density: mean share of active neurons to reach; chat: share of conversations that the model writes itself.
-    """
-
-    tokens: int = 98304
-    epochs: int = 3
-    polish: int = 614400
-    density: float = 0.33
-    chat: float = 0.33
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = MIN_WINDOWS * WINDOW
-        for name, low in (("tokens", least), ("epochs", 1), ("polish", 0), ("seed", 0)):
-            if (got := getattr(self, name)) < low:
-                raise ParameterError(f"{name}: got {got}, wanted at least {low}")
-        if 0 < self.polish < WINDOW:
-            raise ParameterError(f"polish: got {self.polish}, wanted 0 or at least {WINDOW}")
-        if not 0.01 <= self.density <= 1.0:
-            raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
-        if not 0.0 <= self.chat <= 0.9:
-            raise ParameterError(f"chat: got {self.chat}, wanted 0 to 0.9")
+RESERVE = 0.03  # of the minutes given, for writing the file
+DIALOGUE_TIME = 0.06  # of the minutes given
+MAX_DIALOGUES = 768  # windows; more are repeated
+SELF_WINDOWS = 2048  # of text that the model writes where none is brought
 
 
 @dataclass(frozen=True)
@@ -75,6 +49,8 @@ class Report:
     perplexity: float
     densities: list[float]  # by layer
     n_dialogues: int  # windows that the model wrote itself
+    tokens: int  # that all layers were trained on together, repeated ones included
+    minutes: float  # of work, without interruptions
 
     @property
     def density(self) -> float:
@@ -86,12 +62,20 @@ Advance = Callable[[str, int, int], None]  # what, done, of
 
 
 def relufy(
-    source: GGUFFile, corpus: Corpus, out: Path, recipe: Recipe, kind: GGMLType, say: Say, advance: Advance
+    source: GGUFFile,
+    corpus: Corpus | None,
+    out: Path,
+    recipe: Recipe,
+    effort: Effort,
+    kind: GGMLType,
+    say: Say,
+    advance: Advance,
 ) -> Report:
     """Train and write OUT; work is kept in `OUT.relufy/` until then, and taken up from there by the next call.
 
-    UnsupportedError: no PyTorch, or a model that is ReLU already or of another kind; ParameterError: too little text;
-    TrainingError: losses that are no numbers; StorageError: OUT or its folder cannot be written.
+    corpus: None is text that the model writes itself. UnsupportedError: no PyTorch, or a model that is ReLU already or
+    of another kind; ParameterError: too little text; TrainingError: losses that are no numbers, or memory is out;
+    StorageError: OUT or its folder cannot be written.
     """
     config = ModelConfig.from_gguf(source)
     check_model(source, config)
@@ -101,104 +85,215 @@ def relufy(
     with work.locked():
         if work.begin():
             say(f"going on with the work kept in {work.folder}")
-        student, report = _train(source, config, corpus, recipe, work, say, advance)
-
-        def weights(layer: int) -> Mapping[str, np.ndarray]:
-            tensors = student.ffns[layer].tensors()
-            return {part: tensor.detach().numpy() for part, tensor in zip(relu_file.PARTS, tensors, strict=True)}
-
-        relu_file.write(source, config, out, kind, weights, _notes(corpus, recipe, report))
-        update_section(out, relu_file.section(config, kind, weights))
-        forget(out)
+        run = _Run(source, config, corpus, recipe, effort, work, say, advance)
+        try:
+            report = run.train()
+        except BaseException:
+            run.keep()
+            raise
+        _write(source, config, out, kind, run.student, _notes(corpus, recipe, report))
         work.drop()
     return report
 
 
-def check_model(source: GGUFFile, config: ModelConfig) -> None:
-    """Raise UnsupportedError, which says why, for a model whose forward pass torch_model.py does not know."""
-    c = config
-    kinds = {
-        "a mixture of experts": c.n_expert > 0,
-        "an FFN without a gate": not c.gated,
-        "an FFN whose gate and up projections are one tensor": "blk.0.ffn_gate.weight" in source.rows,
-        "an FFN with biases": any(c.has(f"ffn_{part}.bias") for part in relu_file.PARTS),
-        "layer norms": c.norm != "rms",
-        "attention and FFN side by side": c.parallel,
-        "norms after attention and FFN": c.has("post_attention_norm.weight") or c.has("post_ffw_norm.weight"),
-        "norms of queries and keys": c.has("attn_q_norm.weight"),
-        "no rotary positions": c.rope_dim == 0,
-        "rotary positions that are not the same in all layers and contexts": (
-            c.local_base > 0 or c.rope_scaling.kind == "longrope"
-        ),
-        "scaled embeddings, residuals or logits": (c.embd_scale, c.residual_scale, c.logit_scale) != (1.0, 1.0, 1.0),
-        "soft caps": c.attn_softcap > 0 or c.logit_softcap > 0,
-        "attention projections in one tensor": "blk.0.attn_q.weight" in source.rows,
-    }
-    for what, there in kinds.items():
-        if there:
-            raise UnsupportedError(
-                f"{c.name!r:.60} has {what}: relufy retrains models with a gated FFN in blocks of the Llama kind "
-                f"(RMS norms before attention and FFN, rotary positions), such as Llama, Mistral and Qwen2"
-            )
+class _Run:
+    """The stages, one after the other; what each made is kept in the work folder."""
 
-
-def check(config: ModelConfig, corpus: Corpus, out: Path) -> None:
-    """Raise what can be raised before hours of work."""
-    if config.activation not in TRAINED:
-        wanted = " or ".join(TRAINED)
-        raise UnsupportedError(f"{config.name}: its activation is {config.activation} already, wanted {wanted}")
-    least = (MIN_WINDOWS + HELD_OUT) * WINDOW
-    if len(corpus) < least:
-        raise ParameterError(f"{corpus.name}: got {len(corpus)} tokens, wanted at least {least}, better 300000")
-    if out.is_dir() or not out.parent.is_dir():
-        raise StorageError(f"{out}: {'a folder' if out.is_dir() else 'no such folder'}; name a file to write")
-    if (side := sidecar_path(out)).exists():
-        raise StorageError(f"{side}: the section of an earlier {out.name}; delete it, or name another file to write")
-
-
-def require_torch(n_threads: int | None = None) -> None:
-    """Set the number of PyTorch's threads (None: its own choice); UnsupportedError without PyTorch."""
-    try:
+    def __init__(
+        self,
+        source: GGUFFile,
+        config: ModelConfig,
+        corpus: Corpus | None,
+        recipe: Recipe,
+        effort: Effort,
+        work: Work,
+        say: Say,
+        advance: Advance,
+    ) -> None:
         import torch
-    except ImportError:
-        raise UnsupportedError("training needs PyTorch: pip install 'hotcold[train]'") from None
-    if n_threads is not None:
-        torch.set_num_threads(n_threads)
+
+        from .predictor_torch import device as best_device
+        from .student import Student
+        from .torch_model import TorchModel, fastest_dtype
+
+        self.source, self.config, self.corpus, self.recipe, self.effort = source, config, corpus, recipe, effort
+        self.work, self.say, self.advance = work, say, advance
+        self._before, self._began = float(work.load("seconds") or 0.0), time.monotonic()
+        self._training: Distillation | None = None
+        device = best_device()
+        kept = work.load("dtype")  # the two types differ in their last digits, and a machine's speed may change
+        dtype = getattr(torch, kept) if kept else fastest_dtype(device)
+        work.save("dtype", str(dtype).removeprefix("torch."))
+        teacher = TorchModel(source, config, WINDOW, dtype, device)
+        self.student = Student(teacher, [], effort.checkpointing)
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, earlier runs of the same work included."""
+        return self._before + time.monotonic() - self._began
+
+    def keep(self) -> None:
+        """Keep what is not kept yet; after an interruption there may be some steps."""
+        with suppress(Exception):  # the error that brought us here is the one to tell
+            if self._training is not None and self._training.whole:
+                self._save(self._training)
+            self.work.save("seconds", self.seconds)
+
+    def train(self) -> Report:
+        """All stages."""
+        text, held_out = self._text()
+        teacher_perplexity, _ = self.student.evaluate(held_out)
+        self.say(f"teacher: perplexity {teacher_perplexity:.2f} on {held_out.numel()} held-out tokens")
+        chats = self._dialogues()
+        for sweep in range(self.recipe.sweeps):
+            self._fit(sweep, text, chats, held_out)
+        tokens = self._distil(text, chats, held_out)
+        perplexity, densities = self.student.evaluate(held_out)
+        n = 0 if chats is None else len(chats)
+        return Report(teacher_perplexity, perplexity, densities, n, tokens, self.seconds / 60)
+
+    def _text(self) -> tuple[Tensor, Tensor]:
+        """(windows to train on, windows held out), int64 [n, WINDOW]."""
+        import torch
+
+        if self.corpus is None:
+            written = self._written("text", SELF_WINDOWS, self._opening(), 0.3)
+            return written[HELD_OUT:], written[:HELD_OUT]
+        windows = torch.from_numpy(_windows(self.corpus, self.recipe.seed)).long()
+        return windows[HELD_OUT:], windows[:HELD_OUT]
+
+    def _opening(self) -> list[int]:
+        """What text of the model's own begins with: that of its chats, or what begins or ends its documents."""
+        if (start := dialogues.opening(self.source, WINDOW)) is not None:
+            return start
+        tokenizer = load_tokenizer(self.source)
+        first = [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None]
+        if not first:
+            raise ParameterError("text: got self, but the model has no token that begins a text; wanted text files")
+        return first[:1]
+
+    def _dialogues(self) -> Tensor | None:
+        """Conversations as windows int64 [n, WINDOW]; None where none are wanted, or the model has no chat template."""
+        start = dialogues.opening(self.source, WINDOW) if self.recipe.chat and self.corpus is not None else None
+        return None if start is None else self._written("dialogues", MAX_DIALOGUES, start, DIALOGUE_TIME)
+
+    def _written(self, name: str, n_windows: int, start: list[int], share: float) -> Tensor:
+        """Windows that the teacher writes, as many as there is time for, in rounds that are kept one by one."""
+        import torch
+
+        kept = self.work.load(name) or {"windows": torch.zeros(0, WINDOW, dtype=torch.long), "whole": False}
+        windows, n_round = kept["windows"], dialogues.BATCH * torch.get_num_threads()
+        end = self.seconds + share * 60 * (self.effort.minutes or 0)
+        while not kept["whole"]:
+            n = min(n_round, n_windows - len(windows))
+            seed = self.recipe.seed + len(windows)
+            more = dialogues.write(
+                self.student.teacher, start, n, WINDOW, seed, partial(self.advance, f"writing {name}, {len(windows)}+")
+            )
+            windows = torch.cat([windows, more])
+            enough = self.effort.minutes is not None and self.seconds > end and len(windows) >= MIN_WINDOWS + HELD_OUT
+            kept = {"windows": windows, "whole": enough or len(windows) >= n_windows}
+            self._save_seconds(name, kept)
+        self.say(f"{name}: the model wrote {len(windows)} windows of {WINDOW} tokens")
+        return windows
+
+    def _fit(self, sweep: int, text: Tensor, chats: Tensor | None, held_out: Tensor) -> None:
+        """Fit layer after layer; those that are kept already are only walked through."""
+        from .fit import Fitting
+        from .student import Ffn
+
+        recipe, student = self.recipe, self.student
+        n_layer, n = student.teacher.config.n_layer, recipe.tokens // WINDOW
+        kept = [self.work.load(f"sweep-{sweep}-layer-{layer}") for layer in range(n_layer)]
+        streams = None if None not in kept else Fitting(student, _mixed(text, chats, sweep * n, n, recipe.chat))
+        for layer in range(n_layer):
+            what = f"sweep {sweep + 1} of {recipe.sweeps}, layer {layer}"
+            self.advance(what, layer, n_layer)
+            if streams is not None:
+                streams.attend()
+            if sweep == 0:
+                rank = recipe.low_rank
+                new = Ffn.low_rank(student.teacher, layer, rank, recipe.seed) if rank else None
+                student.ffns.append(new or Ffn.whole(student.teacher, layer))
+            ffn = student.ffns[layer]
+            if kept[layer] is not None:
+                ffn.load(kept[layer])
+            elif streams is not None:
+                error = streams.fit(ffn)
+                self._save_seconds(f"sweep-{sweep}-layer-{layer}", ffn.state())
+                self.say(f"{what}: {error:.1%} of what ReLU leaves out is left")
+            if streams is not None and layer + 1 < n_layer:
+                streams.pass_through(ffn)
+        if streams is not None:
+            self._say_quality(f"sweep {sweep + 1} of {recipe.sweeps}", held_out)
+
+    def _distil(self, text: Tensor, chats: Tensor | None, held_out: Tensor) -> int:
+        """Train all layers together, keeping the work some twenty times on the way; returns the tokens trained on."""
+        import torch
+
+        from .distill import Distillation, Plan
+        from .top_tokens import Teaching
+
+        recipe, effort = self.recipe, self.effort
+        windows = text if chats is None else torch.cat([text, chats])
+        teaching = Teaching(self.student.teacher, windows, len(text), self.work.folder)
+        batch, steps = recipe.batch // WINDOW, None
+        if effort.polish is not None:
+            steps = effort.polish // recipe.batch
+        ubatch = min(batch, max(1, effort.ubatch // WINDOW))
+        plan = Plan(recipe.density, effort.lr, batch, ubatch, recipe.chat, recipe.seed, steps)
+        self._distil_began = self.seconds
+        training = Distillation(self.student, teaching, plan, self._time_over)
+        if (state := self.work.load("together")) is not None:
+            training.load(state)
+            self._distil_began = state["began"]
+        self._training, saved = training, training.progress
+        while training.progress < 1:
+            nats, density = training.step()
+            at = training.progress
+            self.advance(f"all layers: {nats:.3f} nats, {density:.1%} active", round(at * 1000), 1000)
+            if at >= min(1.0, saved + 1 / SAVES):
+                saved = at
+                self._save(training)
+                self._say_quality(f"all layers, {at:.0%}, step {training.done}", held_out)
+        return training.done * recipe.batch
+
+    def _time_over(self) -> float:
+        """The share of the time for all layers together that is over."""
+        assert self.effort.minutes is not None
+        end = self.effort.minutes * 60 * (1 - RESERVE)
+        return (self.seconds - self._distil_began) / max(1e-9, end - self._distil_began)
+
+    def _save(self, training: Distillation) -> None:
+        self._save_seconds("together", training.state() | {"began": self._distil_began})
+
+    def _save_seconds(self, name: str, value: object) -> None:
+        self.work.save(name, value)
+        self.work.save("seconds", self.seconds)
+
+    def _say_quality(self, stage: str, held_out: Tensor) -> None:
+        perplexity, densities = self.student.evaluate(held_out)
+        mean, minutes = sum(densities) / len(densities), self.seconds / 60
+        self.say(f"{stage}: {mean:.1%} active, held-out perplexity {perplexity:.2f} ({minutes:.0f} min)")
 
 
-def work_folder(out: Path, source: GGUFFile, corpus: Corpus, recipe: Recipe) -> Work:
-    """Where the work on OUT is kept, for this model, text and recipe."""
-    model = hashlib.sha256()
-    with open(source.path, "rb") as file:
-        while block := file.read(1 << 24):
-            model.update(block)
-    return Work(out, "relufy", {"model": model.hexdigest(), "text": corpus.digest, **asdict(recipe)})
+def _write(
+    source: GGUFFile, config: ModelConfig, out: Path, kind: GGMLType, student: Student, notes: Mapping[str, Any]
+) -> None:
+    """The new file: a model with a section, or an adapter."""
+    floors = [ffn.floor for ffn in student.ffns]
+    if student.ffns[0].base is not None:
+        from . import relu_adapter
 
+        relu_adapter.write(source, config, out, lambda layer: student.ffns[layer].factors(), floors, notes)
+        return
 
-def _train(
-    source: GGUFFile, config: ModelConfig, corpus: Corpus, recipe: Recipe, work: Work, say: Say, advance: Advance
-) -> tuple[Student, Report]:
-    import torch
+    def weights(layer: int) -> Mapping[str, np.ndarray]:
+        return student.ffns[layer].arrays()
 
-    from .distill import Student
-    from .torch_model import TorchModel, fastest_dtype
-
-    windows = torch.from_numpy(_windows(corpus, recipe.seed)).long()
-    held_out, windows = windows[:HELD_OUT], windows[HELD_OUT:]
-    kept = work.load("dtype")  # the two types differ in their last digits, and a machine's speed may change
-    dtype = getattr(torch, kept) if kept else fastest_dtype()
-    work.save("dtype", str(dtype).removeprefix("torch."))
-    student = Student(TorchModel(source, config, WINDOW, dtype), [])
-    teacher_perplexity, _ = student.evaluate(held_out)
-    say(f"teacher: perplexity {teacher_perplexity:.2f} on {held_out.numel()} held-out tokens")
-    dialogues = _dialogues(student.teacher, source, recipe, work, advance)
-    first, then = recipe.tokens // WINDOW, recipe.polish // WINDOW
-    _in_turn(student, _mixed(windows, dialogues, 0, first, recipe.chat), held_out, recipe, work, say, advance)
-    if recipe.polish:
-        mixed = _mixed(windows, dialogues, first, then, recipe.chat)
-        _together(student, mixed, held_out, recipe, work, say, advance)
-    perplexity, densities = student.evaluate(held_out)
-    return student, Report(teacher_perplexity, perplexity, densities, 0 if dialogues is None else len(dialogues))
+    relu_file.write(source, config, out, kind, weights, floors, notes)
+    update_section(out, relu_file.section(config, kind, weights))
+    forget(out)
 
 
 def _windows(corpus: Corpus, seed: int) -> np.ndarray:
@@ -209,20 +304,6 @@ def _windows(corpus: Corpus, seed: int) -> np.ndarray:
     if corpus.bos is not None:
         windows[:, 0] = corpus.bos
     return np.random.default_rng(seed).permutation(windows)
-
-
-def _dialogues(teacher: TorchModel, source: GGUFFile, recipe: Recipe, work: Work, advance: Advance) -> Tensor | None:
-    """Conversations as windows int64 [n, WINDOW]; None where none are wanted, or the model has no chat template."""
-    from . import dialogues
-
-    n_windows = min(MAX_DIALOGUES, round(max(recipe.tokens, recipe.polish) * recipe.chat) // WINDOW)
-    start = dialogues.opening(source, WINDOW) if n_windows else None
-    if start is None:
-        return None
-    if (kept := work.load("dialogues")) is None:
-        kept = dialogues.write(teacher, start, n_windows, WINDOW, recipe.seed, partial(advance, "writing dialogues"))
-        work.save("dialogues", kept)
-    return kept
 
 
 def _mixed(windows: Tensor, dialogues: Tensor | None, start: int, n: int, chat: float) -> Tensor:
@@ -236,60 +317,15 @@ def _mixed(windows: Tensor, dialogues: Tensor | None, start: int, n: int, chat: 
     return torch.cat(parts)
 
 
-def _in_turn(
-    student: Student, windows: Tensor, held_out: Tensor, recipe: Recipe, work: Work, say: Say, advance: Advance
-) -> None:
-    """Train layer after layer; those that are kept already are only walked through."""
-    from .distill import Ffn, Sequential
-
-    n_layer = student.teacher.config.n_layer
-    kept = [work.load(f"layer-{layer}") for layer in range(n_layer)]
-    streams = None if None not in kept else Sequential(student.teacher, windows)
-    for layer in range(n_layer):
-        if streams is not None:
-            advance(f"layer {layer}: attention", layer, n_layer)
-            streams.attend()
-        if kept[layer] is not None:
-            student.ffns.append(Ffn(*kept[layer]))
-        elif streams is not None:
-            result = streams.train(recipe.density, recipe.epochs, recipe.seed, partial(advance, f"layer {layer}"))
-            work.save(f"layer-{layer}", [tensor.detach() for tensor in result.ffn.tensors()])
-            student.ffns.append(result.ffn)
-            perplexity, densities = student.evaluate(held_out)
-            error = f"error {result.error:.3f}, held-out perplexity {perplexity:.2f}"
-            say(f"layer {layer} of 0-{n_layer - 1}: {densities[-1]:.1%} active, {error}")
-        if streams is not None and layer + 1 < n_layer:
-            streams.pass_through(student.ffns[-1])
-
-
-def _together(
-    student: Student, windows: Tensor, held_out: Tensor, recipe: Recipe, work: Work, say: Say, advance: Advance
-) -> None:
-    """Train all layers at once; kept some twenty times on the way."""
-    from .distill import Together
-
-    training = Together(student, windows, recipe.density, recipe.seed)
-    if (state := work.load("together")) is not None:
-        training.load(state)
-    every = -(-training.steps // SAVES)
-    while training.done < training.steps:
-        divergence, density = training.step()
-        advance(f"all layers: {divergence:.3f} nats, {density:.1%} active", training.done, training.steps)
-        if training.done % every == 0 or training.done == training.steps:
-            work.save("together", training.state())
-            perplexity, densities = student.evaluate(held_out)
-            mean = sum(densities) / len(densities)
-            at = f"step {training.done} of {training.steps}"
-            say(f"all layers, {at}: {mean:.1%} active, held-out perplexity {perplexity:.2f}")
-
-
-def _notes(corpus: Corpus, recipe: Recipe, report: Report) -> dict[str, Any]:
+def _notes(corpus: Corpus | None, recipe: Recipe, report: Report) -> dict[str, Any]:
     """What the file says of its making."""
-    made = f"{recipe.tokens} tokens x {recipe.epochs} epochs layer by layer, {recipe.polish} tokens all layers together"
+    name = "text of the model's own" if corpus is None else corpus.name
+    made = f"{report.tokens} tokens in {report.minutes:.0f} minutes after a fit on {recipe.tokens} tokens"
     if report.n_dialogues:
         made += f"; {recipe.chat:.0%} of them dialogues of the model's own"
     return {
-        "general.description": f"FFNs retrained with ReLU by hotcold relufy on {corpus.name}: {made}",
-        "hotcold.relufy.texts": corpus.name.split(", "),
-        **{f"hotcold.relufy.{name}": value for name, value in asdict(recipe).items()},
+        "general.description": f"FFNs retrained with ReLU by hotcold relufy on {name}: {made}",
+        "hotcold.relufy.texts": name.split(", "),
+        "hotcold.relufy.distilled_tokens": report.tokens,
+        **{f"hotcold.relufy.{key}": value for key, value in asdict(recipe).items()},
     }

@@ -23,8 +23,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def fastest_dtype() -> torch.dtype:
-    """bfloat16 where this machine multiplies it faster than float32, else float32."""
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     took = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
@@ -45,18 +47,20 @@ class TorchModel:
     caller that trains gives its own FFN matrices. Source of the formulas: as runtime.decoder's graph.
     """
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, n_ctx: int, dtype: torch.dtype) -> None:
-        self.config, self.dtype = config, dtype
+    def __init__(
+        self, file: GGUFFile, config: ModelConfig, n_ctx: int, dtype: torch.dtype, device: str | torch.device = "cpu"
+    ) -> None:
+        self.config, self.dtype, self.device = config, dtype, torch.device(device)
         self.weights: dict[str, Tensor] = {}
         for name, info in file.tensors.items():
             value = torch.from_numpy(file.dequantized(name))
-            self.weights[name] = value.to(dtype) if len(info.shape) == 2 else value
+            self.weights[name] = value.to(device, dtype if len(info.shape) == 2 else None)
         factors = file.dequantized("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
         rope = RopeTable(config, n_ctx, factors)
         rope.upto(n_ctx)
-        table = torch.from_numpy(rope.table).to(dtype)
+        table = torch.from_numpy(rope.table).to(device, dtype)
         self.cos, self.sin = table.chunk(2, dim=1)
-        self.masks = {window: _mask(n_ctx, window, dtype) for window in set(config.windows)}
+        self.masks = {window: _mask(n_ctx, window, dtype).to(device) for window in set(config.windows)}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Residual float32 [..., n_embd] of token ids int64 [...]."""
@@ -116,7 +120,7 @@ class TorchModel:
             F.cross_entropy(F.linear(y[first:-1], self.head()).float(), window[first + 1 :], reduction="none")
             for y, window in zip(normed, ids, strict=True)
         ]
-        return torch.cat(rows).double().numpy()
+        return torch.cat(rows).double().cpu().numpy()
 
     def _heads(self, layer: int, x: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [n_windows, n_heads, n_tokens, dim] of positions from `at` on."""

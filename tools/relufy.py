@@ -16,48 +16,78 @@ from .console import human_bytes, note, printable
 if TYPE_CHECKING:
     from ..solver.relufy import Report
 
-Texts = Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files to train on.")]
+Texts = Annotated[list[Path] | None, typer.Argument(metavar="[TEXT...]", help="UTF-8 text files to train on.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT.gguf", help="File to write; replaced if it is there.")]
-Tokens = Annotated[int, typer.Option("--tokens", metavar="N", help="Tokens that the layers are trained on in turn.")]
-Epochs = Annotated[int, typer.Option("--epochs", metavar="N", help="Passes over these tokens.")]
-Polish = Annotated[int, typer.Option("--polish", metavar="N", help="Tokens for all layers together; 0 is none.")]
+Text = Annotated[
+    str | None, typer.Option("--text", metavar="self", help="self: the model writes its training text, if you have none.")
+]
+Minutes = Annotated[float, typer.Option("--minutes", metavar="N", help="Time for everything; the stages share it.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option("--tokens", metavar="N", help="Train on N tokens instead of for a time: the same file each time."),
+]
 Density = Annotated[float, typer.Option("--density", metavar="D", help="Mean share of active neurons to reach.")]
+LowRank = Annotated[
+    int, typer.Option("--low-rank", metavar="R", help="Train updates of rank R, and write them as a LoRA adapter.")
+]
+Sweeps = Annotated[int, typer.Option("--sweeps", metavar="N", help="Passes through the layers, one by one.")]
+FitTokens = Annotated[int, typer.Option("--fit-tokens", metavar="N", help="Tokens of each of these passes.")]
 Chat = Annotated[float, typer.Option("--chat", metavar="S", help="Share of dialogues that the model writes itself.")]
+Rate = Annotated[float, typer.Option("--lr", metavar="X", help="Highest learning rate of all layers together.")]
+Batch = Annotated[int, typer.Option("--batch-size", "-b", metavar="N", help="Tokens of a step.")]
+Ubatch = Annotated[int, typer.Option("--ubatch-size", "-ub", metavar="N", help="Tokens in memory at once.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Compute blocks twice to save memory (gradient checkpointing).")
+]
 Type = Annotated[str | None, typer.Option("--type", help="Type of the new matrices [its own if a float, else Q8_0].")]
 Seed = Annotated[int, typer.Option("--seed", "-s", metavar="N", help="Seed of the order of the text.")]
 
 
 def relufy(
     model: options.Model,
-    texts: Texts,
     out: Out,
-    tokens: Tokens = 98304,
-    epochs: Epochs = 3,
-    polish: Polish = 614400,
-    density: Density = 0.33,
+    texts: Texts = None,
+    text: Text = None,
+    minutes: Minutes = 90.0,
+    tokens: Tokens = None,
+    density: Density = 0.3,
+    low_rank: LowRank = 0,
+    sweeps: Sweeps = 1,
+    fit_tokens: FitTokens = 32768,
     chat: Chat = 0.33,
+    lr: Rate = 3e-4,
+    batch_size: Batch = 2048,
+    ubatch_size: Ubatch = 2048,
+    checkpointing: Checkpointing = False,
     type: Type = None,
     seed: Seed = 0,
     threads: options.Threads = None,
 ) -> None:
     """Retrain a model's feed-forward networks with ReLU, so that few of their neurons are active."""
     from ..formats.config import ModelConfig
+    from ..formats.errors import ParameterError
     from ..formats.gguf import GGUFFile
     from ..formats.tokenizer import load_tokenizer
     from ..solver import corpus, relu_file
     from ..solver import relufy as library
+    from ..solver.relufy_checks import Effort, Recipe, check_model, require_torch
 
-    recipe = library.Recipe(tokens, epochs, polish, density, chat, seed)
+    if text not in (None, "self"):
+        raise ParameterError(f"--text: got {text!r:.40}, wanted self; files are named without an option")
+    if bool(texts) == (text == "self"):
+        raise ParameterError("TEXT: got text files and --text self, or neither; wanted one of them")
+    recipe = Recipe(density, fit_tokens, sweeps, chat, batch_size, low_rank, seed)
+    effort = Effort(None if tokens is not None else minutes, tokens, lr, ubatch_size, checkpointing)
     with GGUFFile(console.find_model(model)) as source:
         config = ModelConfig.from_gguf(source)
-        library.check_model(source, config)
+        check_model(source, config)
         kind = relu_file.choose_type(source, config, type)
-        if type is None and (own := source.tensors["blk.0.ffn_gate.weight"].type) != kind:
+        if type is None and not low_rank and (own := source.tensors["blk.0.ffn_gate.weight"].type) != kind:
             note(f"the new matrices are {kind.name}, as {own.name} would cost quality; --type chooses another")
-        library.require_torch(threads)
-        text = corpus.load(texts, load_tokenizer(source))
+        require_torch(threads)
+        brought = corpus.load(texts, load_tokenizer(source)) if texts else None
         with _progress() as (say, advance):
-            report = library.relufy(source, text, out, recipe, kind, say, advance)
+            report = library.relufy(source, brought, out, recipe, effort, kind, say, advance)
     _print(out, report)
 
 
@@ -67,7 +97,8 @@ def _print(out: Path, report: Report) -> None:
     print(out)
     print(f"active neurons      {report.density:.1%} (layers {low:.1%} to {high:.1%})")
     print(f"held-out perplexity {report.perplexity:.2f}, {ratio:.3f} x the teacher's {report.teacher_perplexity:.2f}")
-    note(f"{human_bytes(out.stat().st_size)}; llama.cpp would run this file with SiLU, which is wrong")
+    print(f"trained             {report.tokens} tokens in {report.minutes:.0f} minutes")
+    note(f"{human_bytes(out.stat().st_size)}; llama.cpp refuses this file: it does not know the bypass")
 
 
 @contextmanager

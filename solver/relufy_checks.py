@@ -1,0 +1,138 @@
+"""What `hotcold relufy` asks for, and refuses before hours of work."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..formats.config import ModelConfig
+from ..formats.errors import ParameterError, StorageError, UnsupportedError
+from ..formats.gguf import GGUFFile
+from ..formats.section_layout import sidecar_path
+from . import relu_file
+from .corpus import Corpus
+from .work import Work
+
+WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost time
+HELD_OUT = 16  # windows that are never trained on
+MIN_WINDOWS = 64
+TRAINED = ("silu", "gelu")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make; kept work is only taken up for the same one.
+
+    density: mean share of active neurons to reach; tokens: of the fit of each sweep through the layers; chat: share of
+    conversations that the model writes itself; batch: tokens of a step of all layers together; low_rank: rank of the
+    updates, 0 trains whole matrices.
+    """
+
+    density: float = 0.3
+    tokens: int = 32768
+    sweeps: int = 1
+    chat: float = 0.33
+    batch: int = 2048
+    low_rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = MIN_WINDOWS * WINDOW
+        lows = {"tokens": least, "sweeps": 1, "batch": WINDOW, "low_rank": 0, "seed": 0}
+        for name, low in lows.items():
+            if (got := getattr(self, name)) < low:
+                raise ParameterError(f"{name}: got {got}, wanted at least {low}")
+        if not 0.01 <= self.density <= 1.0:
+            raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
+        if not 0.0 <= self.chat <= 0.9:
+            raise ParameterError(f"chat: got {self.chat}, wanted 0 to 0.9")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How to get there; may change when kept work is taken up.
+
+    minutes: for everything, or polish: tokens of all layers together (0 leaves that out), which gives the same file
+    again; lr: the highest of that training; ubatch: tokens in memory at once; checkpointing: compute blocks twice
+    instead of keeping what they make.
+    """
+
+    minutes: float | None = 90.0
+    polish: int | None = None
+    lr: float = 3e-4
+    ubatch: int = 2048
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.polish is None):
+            raise ParameterError("minutes, polish: got both or neither, wanted one of them")
+        if self.minutes is not None and not 0 < self.minutes < 1e6:
+            raise ParameterError(f"minutes: got {self.minutes}, wanted more than 0")
+        if self.polish is not None and self.polish < 0:
+            raise ParameterError(f"polish: got {self.polish}, wanted at least 0")
+        if not 0 < self.lr < 1:
+            raise ParameterError(f"lr: got {self.lr}, wanted more than 0 and less than 1")
+        if self.ubatch < WINDOW:
+            raise ParameterError(f"ubatch: got {self.ubatch}, wanted at least {WINDOW}")
+
+
+def check_model(source: GGUFFile, config: ModelConfig) -> None:
+    """Raise UnsupportedError, which says why, for a model whose forward pass torch_model.py does not know."""
+    c = config
+    kinds = {
+        "a mixture of experts": c.n_expert > 0,
+        "an FFN without a gate": not c.gated,
+        "an FFN whose gate and up projections are one tensor": "blk.0.ffn_gate.weight" in source.rows,
+        "an FFN with biases": any(c.has(f"ffn_{part}.bias") for part in relu_file.PARTS),
+        "layer norms": c.norm != "rms",
+        "attention and FFN side by side": c.parallel,
+        "norms after attention and FFN": c.has("post_attention_norm.weight") or c.has("post_ffw_norm.weight"),
+        "norms of queries and keys": c.has("attn_q_norm.weight"),
+        "no rotary positions": c.rope_dim == 0,
+        "rotary positions that are not the same in all layers and contexts": (
+            c.local_base > 0 or c.rope_scaling.kind == "longrope"
+        ),
+        "scaled embeddings, residuals or logits": (c.embd_scale, c.residual_scale, c.logit_scale) != (1.0, 1.0, 1.0),
+        "soft caps": c.attn_softcap > 0 or c.logit_softcap > 0,
+        "attention projections in one tensor": "blk.0.attn_q.weight" in source.rows,
+    }
+    for what, there in kinds.items():
+        if there:
+            raise UnsupportedError(
+                f"{c.name!r:.60} has {what}: relufy retrains models with a gated FFN in blocks of the Llama kind "
+                f"(RMS norms before attention and FFN, rotary positions), such as Llama, Mistral and Qwen2"
+            )
+
+
+def check(config: ModelConfig, corpus: Corpus | None, out: Path) -> None:
+    """Raise what can be raised before hours of work."""
+    if config.activation not in TRAINED:
+        wanted = " or ".join(TRAINED)
+        raise UnsupportedError(f"{config.name}: its activation is {config.activation} already, wanted {wanted}")
+    least = (MIN_WINDOWS + HELD_OUT) * WINDOW
+    if corpus is not None and len(corpus) < least:
+        raise ParameterError(f"{corpus.name}: got {len(corpus)} tokens, wanted at least {least}, better 300000")
+    if out.is_dir() or not out.parent.is_dir():
+        raise StorageError(f"{out}: {'a folder' if out.is_dir() else 'no such folder'}; name a file to write")
+    if (side := sidecar_path(out)).exists():
+        raise StorageError(f"{side}: the section of an earlier {out.name}; delete it, or name another file to write")
+
+
+def require_torch(n_threads: int | None = None) -> None:
+    """Set the number of PyTorch's threads (None: its own choice); UnsupportedError without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        raise UnsupportedError("training needs PyTorch: pip install 'hotcold[train]'") from None
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
+
+
+def work_folder(out: Path, source: GGUFFile, corpus: Corpus | None, recipe: Recipe) -> Work:
+    """Where the work on OUT is kept, for this model, text and recipe."""
+    model = hashlib.sha256()
+    with open(source.path, "rb") as file:
+        while block := file.read(1 << 24):
+            model.update(block)
+    return Work(out, "relufy", {"model": model.hexdigest(), "text": corpus.digest if corpus else "self", **asdict(recipe)})

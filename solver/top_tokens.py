@@ -1,0 +1,91 @@
+"""What a teacher expects after each token of its training text: its likeliest tokens, kept once computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..formats.errors import StorageError
+from .torch_model import TorchModel
+
+TOP = 64  # tokens; of 135M models they hold nine tenths of the probability
+HEAD_ROWS = 512  # rows whose logits are in memory at a time
+LEAST = 1e-4  # the rest's probability is never taken to be less
+
+
+@dataclass(frozen=True)
+class Expected:
+    """ids int64 [rows, TOP] and their probabilities float32 [rows, TOP]; the rest's is what is missing to 1."""
+
+    ids: Tensor
+    p: Tensor
+
+
+class Teaching:
+    """Windows int64 [n, n_tokens] of text and, by window, what the teacher expects; kept in `folder` as it is asked.
+
+    n_text: how many of them come first and are text; the others are dialogues. StorageError where the folder has no room: 6 bytes a token and top token.
+    """
+
+    def __init__(self, teacher: TorchModel, windows: Tensor, n_text: int, folder: Path) -> None:
+        self.teacher, self.windows, self.n_text = teacher, windows, n_text
+        self.top = min(TOP, teacher.config.n_vocab)
+        shape = (*windows.shape, self.top)
+        try:
+            self._ids = _array(folder / "top-ids.bin", np.int32, shape)
+            self._p = _array(folder / "top-p.bin", np.float16, shape)
+            self._known = _array(folder / "top-known.bin", np.uint8, shape[:1])
+        except OSError as exc:
+            raise StorageError(f"{folder}: cannot be written: {exc.strerror or exc}") from exc
+
+    def __call__(self, which: Tensor) -> tuple[Tensor, Expected]:
+        """(ids of these windows, what the teacher expects at all their places), on the teacher's device."""
+        device = self.teacher.device
+        new = [i for i in which.tolist() if not self._known[i]]
+        if new:
+            ids, p = top_tokens(self.teacher, self.windows[new].to(device), self.top)
+            shape = (len(new), -1, self.top)
+            self._ids[new], self._p[new] = ids.view(shape).int().cpu().numpy(), p.view(shape).half().cpu().numpy()
+            self._known[new] = 1
+        ids, p = (torch.from_numpy(np.array(kept[which.numpy()])).to(device) for kept in (self._ids, self._p))
+        return self.windows[which].to(device), Expected(ids.flatten(0, 1).long(), p.flatten(0, 1).float())
+
+
+def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A file's array, zero at first; one of another size is made anew."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    mode = "r+" if path.exists() and path.stat().st_size == size else "w+"
+    return np.memmap(path, dtype, mode, shape=shape)
+
+
+@torch.no_grad()
+def top_tokens(teacher: TorchModel, ids: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """(ids, probabilities) [n, top] of the likeliest tokens after each of the tokens of windows."""
+    found = []
+    for rows in teacher.forward(ids).flatten(0, 1).split(HEAD_ROWS):
+        found.append(F.linear(rows, teacher.head()).softmax(-1).topk(top, -1, sorted=False))
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+@torch.no_grad()
+def divergence(expected: Expected, given: Tensor, head: Tensor) -> tuple[float, Tensor]:
+    """Mean KL(teacher || student) in nats, the rest as one token, and its gradient by `given`.
+
+    given: normed final residuals [rows, n_embd]. By the logit of a top token the gradient is q - p, by that of another
+    q (1 - rest of p / rest of q).
+    """
+    total, gradients, n = torch.zeros((), dtype=torch.float64, device=given.device), [], len(given)
+    for ids, p, rows in zip(*(v.split(HEAD_ROWS) for v in (expected.ids, expected.p, given)), strict=True):
+        q = F.linear(rows, head).softmax(-1)
+        own = q.gather(1, ids).float()
+        rest_p, rest_q = ((1 - v.sum(1, keepdim=True)).clamp_min(LEAST) for v in (p, own))
+        total += (torch.xlogy(p, p / own.clamp_min(1e-12)).sum() + torch.xlogy(rest_p, rest_p / rest_q).sum()).double()
+        q.mul_((1 - rest_p / rest_q).to(q.dtype)).scatter_(1, ids, (own - p).to(q.dtype))
+        gradients.append(q @ head / n)
+    return float(total) / n, torch.cat(gradients)
