@@ -22,9 +22,10 @@ SLOPE_END = 0.6  # of the training, from where on the density wanted is the last
 
 @dataclass(frozen=True)
 class Plan:
-    """density: to reach; lr: the highest; batch: windows of a step, of which ubatch are in memory at once.
+    """How to train. density: to reach; lr: the highest; batch: windows of a step, ubatch: of those in memory at once.
 
-    chat: share of dialogues, where the text ends with some. steps: how many; None: as many as `progress` allows, which says what share of the time is over.
+    chat: share of dialogues, where the text ends with some; steps: how many; None: as many as `progress` allows, which
+    says what share of the time is over.
     """
 
     density: float
@@ -77,7 +78,7 @@ class Distillation:
                 normed, soft, density, least = self.student.forward(ids)
                 rows = normed.detach().flatten(0, 1)
                 nats, gradient = divergence(expected, rows, self.student.teacher.head())
-                loss, share = loss + part * nats, share + part * float(density.mean())
+                loss, share = loss + part * nats, share + part * float(density.detach().mean())
                 penalty = part * pressure * soft.mean()
                 torch.autograd.backward([normed, penalty], [part * gradient.view_as(normed), None])
         if not math.isfinite(loss):
@@ -94,7 +95,7 @@ class Distillation:
         self.optimizer.zero_grad()
         self.start = max(self.start, plan.density, share if self.done == 0 else 0.0)
         self.share = share if self.share < 0 else 0.8 * self.share + 0.2 * share
-        self._raise_floors(least.tolist())
+        self._raise_floors(least.detach().tolist())
         self.done += 1
         self.whole = True
         return loss, share
@@ -137,7 +138,7 @@ class Distillation:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
                 raise
             tokens = self.plan.ubatch * self.teaching.windows.shape[1]
-            fits = f"--ubatch {tokens // 2}" if self.plan.ubatch > 1 else "a machine with more, or --low-rank"
+            fits = f"--ubatch-size {tokens // 2}" if self.plan.ubatch > 1 else "a machine with more, or --low-rank"
             if not self.student.saving:
                 fits = f"--checkpointing, or {fits}"
             raise TrainingError(

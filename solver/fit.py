@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..formats.errors import TrainingError
 from .student import Ffn, Student
@@ -16,7 +15,6 @@ from .student import Ffn, Student
 BYPASS_RIDGE = 1e-3  # of the mean square of the inputs
 DOWN_RIDGE = 1.0  # of the mean square of the neurons
 CHUNK = 4096  # rows
-SAMPLE = 1_000_000  # gates that a quantile is taken of
 
 
 class Fitting:
@@ -46,14 +44,6 @@ class Fitting:
         for s in self.student.flatten(0, 1).split(CHUNK):
             s += ffn(self._norm(s))[0]
         self.layer += 1
-
-    @torch.no_grad()
-    def set_floor(self, ffn: Ffn, density: float) -> None:
-        """The floor of the gates at which this share of the layer's neurons is active; 0 where fewer are anyway."""
-        rows = self.student.flatten(0, 1)
-        some = rows[:: max(1, len(rows) * self.model.config.n_ff // SAMPLE)]
-        gates = F.linear(self._norm(some), ffn.matrix("gate").to(self.model.dtype)).float().flatten()
-        ffn.floor = max(0.0, float(gates.kthvalue(max(1, round(len(gates) * (1 - density)))).values))
 
     @torch.no_grad()
     def fit(self, ffn: Ffn) -> float:

@@ -108,8 +108,12 @@ def _is_ffn(name: str) -> bool:
 
 
 def _write_metadata(
-    writer: GGUFWriter, source: GGUFFile, config: ModelConfig, kind: GGMLType, floors: Sequence[float],
-    notes: Mapping[str, Any]
+    writer: GGUFWriter,
+    source: GGUFFile,
+    config: ModelConfig,
+    kind: GGMLType,
+    floors: Sequence[float],
+    notes: Mapping[str, Any],
 ) -> None:
     from gguf import GGUFReader, GGUFValueType, LlamaFileType
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from .distill import Distillation
     from .student import Student
-    from .torch_model import TorchModel
 
 SAVES = 20  # of the training of all layers together
 RESERVE = 0.03  # of the minutes given, for writing the file

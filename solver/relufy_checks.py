@@ -135,4 +135,6 @@ def work_folder(out: Path, source: GGUFFile, corpus: Corpus | None, recipe: Reci
     with open(source.path, "rb") as file:
         while block := file.read(1 << 24):
             model.update(block)
-    return Work(out, "relufy", {"model": model.hexdigest(), "text": corpus.digest if corpus else "self", **asdict(recipe)})
+    return Work(
+        out, "relufy", {"model": model.hexdigest(), "text": corpus.digest if corpus else "self", **asdict(recipe)}
+    )

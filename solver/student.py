@@ -28,8 +28,8 @@ class Ffn:
     """A layer's own part: down h + bypass x + bias, where h = relu(gate x) * (up x) above the floor and else 0.
 
     own: what is trained, float32: gate and up [n_ff, n_embd], down [n_embd, n_ff], bypass [n_embd, n_embd] and
-    bypass_bias [n_embd]; or with a base (its matrices by part), `PART.a` [rank, n_in] and `PART.b` [n_out, rank] for each part,
-    whose products are added to the base's.
+    bypass_bias [n_embd]; or with a base (its matrices by part), `PART.a` [rank, n_in] and `PART.b` [n_out, rank] for
+    each part, whose products are added to the base's.
     """
 
     def __init__(self, own: dict[str, Tensor], base: dict[str, Tensor] | None = None, floor: float = 0.0) -> None:
@@ -45,7 +45,7 @@ class Ffn:
 
     @classmethod
     def low_rank(cls, model: TorchModel, layer: int, rank: int, seed: int) -> Ffn:
-        """Updates of this rank, which are zero at first (Hu et al. 2021); the bypass has BYPASS_RANKS times the rank."""
+        """Updates of this rank (the bypass: `bypass_rank`), zero at first. Source: LoRA (Hu et al. 2021)."""
         n, base, own = model.config.n_embd, _matrices(model, layer), dict[str, Tensor]()
         shapes = {part: (*value.shape, rank) for part, value in base.items()} | {"bypass": (n, n, bypass_rank(n, rank))}
         generator = torch.Generator().manual_seed(seed + layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +27,10 @@ class Expected:
 
 
 class Teaching:
-    """Windows int64 [n, n_tokens] of text and, by window, what the teacher expects; kept in `folder` as it is asked.
+    """Windows int64 [n, n_tokens] and, by window, what the teacher expects; kept in `folder` as it is asked.
 
-    n_text: how many of them come first and are text; the others are dialogues. StorageError where the folder has no room: 6 bytes a token and top token.
+    n_text: how many of them come first and are text; the others are dialogues. StorageError where the folder has no
+    room: 6 bytes a token and top token.
     """
 
     def __init__(self, teacher: TorchModel, windows: Tensor, n_text: int, folder: Path) -> None:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Texts = Annotated[list[Path] | None, typer.Argument(metavar="[TEXT...]", help="UTF-8 text files to train on.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT.gguf", help="File to write; replaced if it is there.")]
 Text = Annotated[
-    str | None, typer.Option("--text", metavar="self", help="self: the model writes its training text, if you have none.")
+    str | None,
+    typer.Option("--text", metavar="self", help="self: the model writes its training text, if you have none."),
 ]
 Minutes = Annotated[float, typer.Option("--minutes", metavar="N", help="Time for everything; the stages share it.")]
 Tokens = Annotated[
