@@ -12,6 +12,7 @@ from ..formats.gguf import GGUFFile
 from ..formats.section_layout import sidecar_path
 from . import relu_file
 from .corpus import Corpus
+from .neurons import RELUS
 from .work import Work
 
 WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost time
@@ -80,9 +81,22 @@ class Effort:
 def check_model(source: GGUFFile, config: ModelConfig) -> None:
     """Raise UnsupportedError, which says why, for a model whose forward pass torch_model.py does not know."""
     c = config
+    other = (
+        "relufy retrains gated FFNs of SiLU or GELU in blocks of the Llama kind (RMS norms before attention and FFN, \
+rotary positions), such as Llama, Mistral and Qwen2"
+    )
+    if c.n_expert:
+        raise UnsupportedError(
+            f"{c.name!r:.60} is a mixture of experts: each of them would need a bypass about as large as it is; "
+            f"its router leaves most neurons out already, and --sparsity threshold=D leaves out more"
+        )
+    if not c.gated:
+        zeros = c.activation in RELUS
+        applies = (
+            "--sparsity exact leaves its zeros out as it is" if zeros else "hotcold sparsify and --sparsity threshold=D"
+        )
+        raise UnsupportedError(f"{c.name!r:.60} has an FFN without a gate: {other}; what applies here: {applies}")
     kinds = {
-        "a mixture of experts": c.n_expert > 0,
-        "an FFN without a gate": not c.gated,
         "an FFN whose gate and up projections are one tensor": "blk.0.ffn_gate.weight" in source.rows,
         "an FFN with biases": any(c.has(f"ffn_{part}.bias") for part in relu_file.PARTS),
         "layer norms": c.norm != "rms",
@@ -99,10 +113,7 @@ def check_model(source: GGUFFile, config: ModelConfig) -> None:
     }
     for what, there in kinds.items():
         if there:
-            raise UnsupportedError(
-                f"{c.name!r:.60} has {what}: relufy retrains models with a gated FFN in blocks of the Llama kind "
-                f"(RMS norms before attention and FFN, rotary positions), such as Llama, Mistral and Qwen2"
-            )
+            raise UnsupportedError(f"{c.name!r:.60} has {what}: {other}; what applies here: {thresholds}")
 
 
 def check(config: ModelConfig, corpus: Corpus | None, out: Path) -> None:

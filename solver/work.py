@@ -32,11 +32,20 @@ class Work:
             yield
 
     def begin(self) -> bool:
-        """Make the folder; True if it is there with work of the same settings, other work is thrown away."""
+        """Make the folder; True if it is there with work of the same settings.
+
+        StorageError where it holds work of other settings: hours may be in it.
+        """
         note = self.folder / "settings.json"
         try:
-            if json.loads(note.read_text(encoding="utf-8")) == self.settings:
-                return any(self.folder.glob("*.pt"))
+            if any(self.folder.glob("*.pt")):
+                if (kept := json.loads(note.read_text(encoding="utf-8"))) == self.settings:
+                    return True
+                other = ", ".join(key for key in self.settings | kept if self.settings.get(key) != kept.get(key))
+                raise StorageError(
+                    f"{self.folder}: got work of other settings ({other}), wanted work of these; "
+                    f"delete it, or name another file to write"
+                )
         except (OSError, ValueError):
             pass
         self.drop()

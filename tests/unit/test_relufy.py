@@ -20,13 +20,14 @@ from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section import find_section
 from hotcold.formats.section_file import update_section
 from hotcold.formats.types import GGMLType
-from hotcold.solver import relu_file, relufy
+from hotcold.solver import relu_file, relufy_checks
 from hotcold.solver.corpus import Corpus
+from hotcold.solver.relufy_checks import Effort, Recipe
 from hotcold.tools.cli import app
 
 Make = Callable[..., Path]
 NOTES = {"general.description": "made for a test", "hotcold.relufy.tokens": 5, "hotcold.relufy.texts": ["a", "b"]}
-N_TOKENS = (relufy.MIN_WINDOWS + relufy.HELD_OUT) * relufy.WINDOW
+N_TOKENS = (relufy_checks.MIN_WINDOWS + relufy_checks.HELD_OUT) * relufy_checks.WINDOW
 
 
 def new_weights(config: ModelConfig, seed: int = 0) -> list[Mapping[str, np.ndarray]]:
@@ -43,7 +44,7 @@ def written(source: Path, out: Path, kind: GGMLType) -> list[Mapping[str, np.nda
     with GGUFFile(source) as file:
         config = ModelConfig.from_gguf(file)
         weights = new_weights(config)
-        relu_file.write(file, config, out, kind, lambda layer: weights[layer], NOTES)
+        relu_file.write(file, config, out, kind, lambda layer: weights[layer], [0.0] * config.n_layer, NOTES)
     return weights
 
 
@@ -98,7 +99,7 @@ def test_the_file_is_read_as_a_relu_model(tiny_model: Make, tmp_path: Path) -> N
         def own(layer: int) -> dict[str, np.ndarray]:
             return {part: file.dequantized(f"blk.{layer}.ffn_{part}.weight") for part in relu_file.PARTS}
 
-        relu_file.write(file, config, out, GGMLType.F32, own, NOTES)
+        relu_file.write(file, config, out, GGMLType.F32, own, [0.0] * config.n_layer, NOTES)
     silu = naive.load(source)
     got, before = naive.forward(out, [1, 5, 9]), silu.forward([1, 5, 9])
     silu.activation = "relu"
@@ -127,7 +128,7 @@ def test_a_failed_write_leaves_nothing(tiny_model: Make, tmp_path: Path) -> None
 
     out = tmp_path / "out.gguf"
     with GGUFFile(tiny_model()) as file, pytest.raises(StorageError, match="No space left"):
-        relu_file.write(file, ModelConfig.from_gguf(file), out, GGMLType.F32, fail, NOTES)
+        relu_file.write(file, ModelConfig.from_gguf(file), out, GGMLType.F32, fail, [0.0, 0.0], NOTES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,66 +148,76 @@ def test_types(tiny_model: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("tokens", 100), ("epochs", 0), ("polish", -1), ("polish", 99), ("seed", -1), ("density", 0.0), ("density", 1.5)]
-    + [("chat", -0.1), ("chat", 1.0)],
+    "kind, name, value",
+    [(Recipe, "tokens", 100), (Recipe, "sweeps", 0), (Recipe, "seed", -1), (Recipe, "density", 0.0)]
+    + [(Recipe, "density", 1.5), (Recipe, "chat", -0.1), (Recipe, "chat", 1.0), (Recipe, "low_rank", -1)]
+    + [(Recipe, "batch", 100), (Effort, "minutes", 0.0), (Effort, "lr", 0.0), (Effort, "ubatch", 10)],
 )
-def test_recipes_out_of_range(name: str, value: Any) -> None:
+def test_settings_out_of_range(kind: type, name: str, value: Any) -> None:
     with pytest.raises(ParameterError, match=f"{name}: got {value}, wanted"):
-        relufy.Recipe(**{name: value})
+        kind(**{name: value})
+
+
+def test_an_effort_is_a_time_or_a_number_of_tokens() -> None:
+    with pytest.raises(ParameterError, match="both or neither"):
+        Effort(minutes=5.0, polish=2048)
+    with pytest.raises(ParameterError, match="polish: got -1"):
+        Effort(minutes=None, polish=-1)
 
 
 def test_what_cannot_be_done_is_said_first(tiny_model: Make, tmp_path: Path) -> None:
     with GGUFFile(tiny_model()) as file, GGUFFile(tiny_model(metadata={"llama.hidden_activation": "relu"})) as relu:
         config, out = ModelConfig.from_gguf(file), tmp_path / "out.gguf"
-        relufy.check(config, corpus(N_TOKENS), out)
+        relufy_checks.check(config, corpus(N_TOKENS), out)
         with pytest.raises(UnsupportedError, match="relu already"):
-            relufy.check(ModelConfig.from_gguf(relu), corpus(N_TOKENS), out)
+            relufy_checks.check(ModelConfig.from_gguf(relu), corpus(N_TOKENS), out)
     with pytest.raises(ParameterError, match=f"text.txt: got {N_TOKENS - 1} tokens, wanted at least {N_TOKENS}"):
-        relufy.check(config, corpus(N_TOKENS - 1), out)
+        relufy_checks.check(config, corpus(N_TOKENS - 1), out)
     with pytest.raises(StorageError, match="a folder"):
-        relufy.check(config, corpus(N_TOKENS), tmp_path)
+        relufy_checks.check(config, corpus(N_TOKENS), tmp_path)
     with pytest.raises(StorageError, match="no such folder"):
-        relufy.check(config, corpus(N_TOKENS), tmp_path / "no" / "out.gguf")
+        relufy_checks.check(config, corpus(N_TOKENS), tmp_path / "no" / "out.gguf")
     (tmp_path / "hotcold-out.gguf").touch()
     with pytest.raises(StorageError, match="hotcold-out.gguf: the section of an earlier out.gguf"):
-        relufy.check(config, corpus(N_TOKENS), out)
+        relufy_checks.check(config, corpus(N_TOKENS), out)
 
 
-def test_work_is_kept_for_equal_settings_only(tiny_model: Make, tmp_path: Path) -> None:
+def test_work_is_kept_and_only_taken_up_for_equal_settings(tiny_model: Make, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
 
-    def begin(model: Path, text: Corpus, recipe: relufy.Recipe) -> bool:
+    def begin(model: Path, text: Corpus | None, recipe: Recipe) -> bool:
         with GGUFFile(model) as file:
-            work = relufy.work_folder(out, file, text, recipe)
+            work = relufy_checks.work_folder(out, file, text, recipe)
             with work.locked():
                 return work.begin()
 
-    folder, text, recipe = tmp_path / "out.gguf.relufy", corpus(N_TOKENS), relufy.Recipe()
+    folder, text, recipe = tmp_path / "out.gguf.relufy", corpus(N_TOKENS), Recipe()
+    assert not begin(tiny_model(), text, Recipe(density=0.5))
+    assert not begin(tiny_model(), text, recipe)  # nothing was done for the other yet
+    (folder / "layer-0.pt").write_bytes(b"trained")
     for other in (
         (tiny_model(seed=1), text, recipe),
         (tiny_model(), corpus(N_TOKENS + 1), recipe),
-        (tiny_model(), text, relufy.Recipe(density=0.3)),
-        (tiny_model(), text, recipe),
+        (tiny_model(), None, recipe),
+        (tiny_model(), text, Recipe(density=0.25)),
     ):
-        assert not begin(*other)
-        (folder / "layer-0.pt").write_bytes(b"trained")
+        with pytest.raises(StorageError, match=r"out.gguf.relufy: .* of other settings.*; delete it, or name another"):
+            begin(*other)
     assert begin(tiny_model(), text, recipe)
-    assert not begin(tiny_model(), text, relufy.Recipe(seed=1))
-    assert not (folder / "layer-0.pt").exists()
+    assert (folder / "layer-0.pt").read_bytes() == b"trained"
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tiny_model: Make, tmp_path: Path) -> None:
     (tmp_path / "out.gguf.relufy").mkdir()
     (tmp_path / "out.gguf.relufy" / "diary").touch()
     with GGUFFile(tiny_model()) as file, pytest.raises(StorageError, match="out.gguf.relufy"):
-        relufy.work_folder(tmp_path / "out.gguf", file, corpus(N_TOKENS), relufy.Recipe()).begin()
+        relufy_checks.work_folder(tmp_path / "out.gguf", file, corpus(N_TOKENS), Recipe()).begin()
     assert (tmp_path / "out.gguf.relufy" / "diary").exists()
 
 
 def test_two_processes_do_not_make_one_file(tiny_model: Make, tmp_path: Path) -> None:
     with GGUFFile(tiny_model()) as file:
-        works = [relufy.work_folder(tmp_path / "o.gguf", file, corpus(N_TOKENS), relufy.Recipe()) for _ in range(2)]
+        works = [relufy_checks.work_folder(tmp_path / "o.gguf", file, corpus(N_TOKENS), Recipe()) for _ in range(2)]
         first, second = works
         with first.locked(), pytest.raises(StorageError, match="another process"), second.locked():
             pass
@@ -230,6 +241,6 @@ def test_the_command_refuses_in_one_line(tiny_model: Make, tmp_path: Path, monke
     assert "density: got 2.0, wanted 0.01 to 1" in refused(model, text, "-o", out, "--density", "2")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "needs PyTorch: pip install 'hotcold[train]'" in refused(model, text, "-o", out)
-    monkeypatch.setattr(relufy, "require_torch", lambda threads=None: None)
+    monkeypatch.setattr(relufy_checks, "require_torch", lambda threads=None: None)
     assert "empty text" in refused(model, empty, "-o", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "text.txt"]
