@@ -82,19 +82,17 @@ def check_model(source: GGUFFile, config: ModelConfig) -> None:
     """Raise UnsupportedError, which says why, for a model whose forward pass torch_model.py does not know."""
     c = config
     other = (
-        "relufy retrains gated FFNs of SiLU or GELU in blocks of the Llama kind (RMS norms before attention and FFN, \
-rotary positions), such as Llama, Mistral and Qwen2"
+        "relufy retrains models with a gated FFN in blocks of the Llama kind "
+        "(RMS norms before attention and FFN, rotary positions), such as Llama, Mistral and Qwen2"
     )
+    thresholds = "hotcold sparsify and --sparsity threshold=D"
     if c.n_expert:
         raise UnsupportedError(
             f"{c.name!r:.60} is a mixture of experts: each of them would need a bypass about as large as it is; "
             f"its router leaves most neurons out already, and --sparsity threshold=D leaves out more"
         )
     if not c.gated:
-        zeros = c.activation in RELUS
-        applies = (
-            "--sparsity exact leaves its zeros out as it is" if zeros else "hotcold sparsify and --sparsity threshold=D"
-        )
+        applies = "--sparsity exact leaves its zeros out as it is" if c.activation in RELUS else thresholds
         raise UnsupportedError(f"{c.name!r:.60} has an FFN without a gate: {other}; what applies here: {applies}")
     kinds = {
         "an FFN whose gate and up projections are one tensor": "blk.0.ffn_gate.weight" in source.rows,
