@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -136,6 +138,15 @@ def require_torch(n_threads: int | None = None) -> None:
         raise UnsupportedError("training needs PyTorch: pip install 'hotcold[train]'") from None
     if n_threads is not None:
         torch.set_num_threads(n_threads)
+    _keep_memory()
+
+
+def _keep_memory() -> None:
+    """Have glibc keep what is freed: a training step's gigabytes would be given back and cleared anew each time."""
+    with suppress(AttributeError, OSError, TypeError):  # no such function where the C library is another
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: the most that it takes
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def work_folder(out: Path, source: GGUFFile, corpus: Corpus | None, recipe: Recipe) -> Work:

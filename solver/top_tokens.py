@@ -14,7 +14,7 @@ from ..formats.errors import StorageError
 from .torch_model import TorchModel
 
 TOP = 64  # tokens; of 135M models they hold nine tenths of the probability
-HEAD_ROWS = 512  # rows whose logits are in memory at a time
+HEAD_BYTES = 16 << 20  # of logits in memory at a time; from 32 MiB on, glibc gives each piece back and asks anew
 LEAST = 1e-4  # the rest's probability is never taken to be less
 
 
@@ -68,7 +68,7 @@ def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
 def top_tokens(teacher: TorchModel, ids: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """(ids, probabilities) [n, top] of the likeliest tokens after each of the tokens of windows."""
     found = []
-    for rows in teacher.forward(ids).flatten(0, 1).split(HEAD_ROWS):
+    for rows in teacher.forward(ids).flatten(0, 1).split(_head_rows(teacher.head())):
         found.append(F.linear(rows, teacher.head()).softmax(-1).topk(top, -1, sorted=False))
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
 
@@ -81,7 +81,7 @@ def divergence(expected: Expected, given: Tensor, head: Tensor) -> tuple[float, 
     q (1 - rest of p / rest of q).
     """
     total, gradients, n = torch.zeros((), dtype=torch.float64, device=given.device), [], len(given)
-    for ids, p, rows in zip(*(v.split(HEAD_ROWS) for v in (expected.ids, expected.p, given)), strict=True):
+    for ids, p, rows in zip(*(v.split(_head_rows(head)) for v in (expected.ids, expected.p, given)), strict=True):
         q = F.linear(rows, head).softmax(-1)
         own = q.gather(1, ids).float()
         rest_p, rest_q = ((1 - v.sum(1, keepdim=True)).clamp_min(LEAST) for v in (p, own))
@@ -89,3 +89,7 @@ def divergence(expected: Expected, given: Tensor, head: Tensor) -> tuple[float, 
         q.mul_((1 - rest_p / rest_q).to(q.dtype)).scatter_(1, ids, (own - p).to(q.dtype))
         gradients.append(q @ head / n)
     return float(total) / n, torch.cat(gradients)
+
+
+def _head_rows(head: Tensor) -> int:
+    return max(16, HEAD_BYTES // (len(head) * head.element_size()))

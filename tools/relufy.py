@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ def relufy(
             note(f"the new matrices are {kind.name}, as {own.name} would cost quality; --type chooses another")
         require_torch(threads)
         brought = corpus.load(texts, load_tokenizer(source)) if texts else None
-        with _progress() as (say, advance):
+        with _interruptible(), _progress() as (say, advance):
             report = library.relufy(source, brought, out, recipe, effort, kind, say, advance)
     _print(out, report)
 
@@ -100,6 +101,16 @@ def _print(out: Path, report: Report) -> None:
     print(f"held-out perplexity {report.perplexity:.2f}, {ratio:.3f} x the teacher's {report.teacher_perplexity:.2f}")
     print(f"trained             {report.tokens} tokens in {report.minutes:.0f} minutes")
     note(f"{human_bytes(out.stat().st_size)}; llama.cpp refuses this file: it does not know the bypass")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Have a request to end (SIGTERM) keep the work as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
