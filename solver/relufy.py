@@ -21,7 +21,7 @@ from ..formats.pages import forget
 from ..formats.section_file import update_section
 from ..formats.tokenizer import load_tokenizer
 from ..formats.types import GGMLType
-from . import dialogues, relu_file
+from . import dialogues, relu_adapter, relu_file
 from .corpus import Corpus
 from .relufy_checks import HELD_OUT, MIN_WINDOWS, WINDOW, Effort, Recipe, check, check_model, require_torch, work_folder
 from .work import Work
@@ -282,8 +282,6 @@ def _write(
     """The new file: a model with a section, or an adapter."""
     floors = [ffn.floor for ffn in student.ffns]
     if student.ffns[0].base is not None:
-        from . import relu_adapter
-
         relu_adapter.write(source, config, out, lambda layer: student.ffns[layer].factors(), floors, notes)
         return
 

@@ -90,17 +90,22 @@ def relufy(
         brought = corpus.load(texts, load_tokenizer(source)) if texts else None
         with _interruptible(), _progress() as (say, advance):
             report = library.relufy(source, brought, out, recipe, effort, kind, say, advance)
-    _print(out, report)
+    _print(out, report, low_rank > 0)
 
 
-def _print(out: Path, report: Report) -> None:
+def _print(out: Path, report: Report, adapter: bool) -> None:
     low, high = min(report.densities), max(report.densities)
     ratio = report.perplexity / report.teacher_perplexity
     print(out)
     print(f"active neurons      {report.density:.1%} (layers {low:.1%} to {high:.1%})")
     print(f"held-out perplexity {report.perplexity:.2f}, {ratio:.3f} x the teacher's {report.teacher_perplexity:.2f}")
     print(f"trained             {report.tokens} tokens in {report.minutes:.0f} minutes")
-    note(f"{human_bytes(out.stat().st_size)}; llama.cpp refuses this file: it does not know the bypass")
+    if adapter:
+        note(
+            f"{human_bytes(out.stat().st_size)}; run it with --lora {printable(str(out))} on the model it was made for"
+        )
+    else:
+        note(f"{human_bytes(out.stat().st_size)}; llama.cpp refuses this file: it does not know the bypass")
 
 
 @contextmanager

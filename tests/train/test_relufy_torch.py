@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from hotcold.formats.config import ModelConfig
 from hotcold.formats.errors import TrainingError
 from hotcold.formats.gguf import GGUFFile
+from hotcold.formats.lora import Adapter
 from hotcold.formats.section import find_section
 from hotcold.formats.tokenizer import load_tokenizer
 from hotcold.formats.types import GGMLType
@@ -429,6 +430,28 @@ def test_the_command_without_a_text(tiny_model: Make, tmp_path: Path, monkeypatc
     assert "the model wrote 96 windows" in result.stderr
     with GGUFFile(out) as file:
         assert file.get("hotcold.relufy.texts") == ["text of the model's own"]
+
+
+def test_the_command_makes_an_adapter(tiny_model: Make, tmp_path: Path) -> None:
+    """Merged by convert, it has the student's perplexity."""
+    model, adapter, merged, words = tiny_model(), tmp_path / "a.gguf", tmp_path / "m.gguf", tmp_path / "words.txt"
+    words.write_text("the hello world and a cat sat on the mat in here. " * 1100, encoding="utf-8")
+    options = ["--low-rank", "4", "--fit-tokens", "16384", "--tokens", "4096", "-t", "1"]
+    result = CliRunner().invoke(app, ["relufy", str(model), str(words), "-o", str(adapter), *options])
+    assert result.exit_code == 0, result.stderr
+    assert "--lora" in result.stderr
+    with Adapter(adapter) as made:
+        assert made.activation == "relu"
+        assert made.ranks["blk.1.ffn_gate.weight"] == 4
+        assert made.ranks["blk.1.ffn_bypass.weight"] == 16
+    result = CliRunner().invoke(
+        app, ["convert", str(model), "--lora", str(adapter), "-o", str(merged), "--type", "F32"]
+    )
+    assert result.exit_code == 0, result.stderr
+    with GGUFFile(merged) as file:
+        config = ModelConfig.from_gguf(file)
+        assert config.activation == "relu" and config.has("ffn_bypass.weight") and max(config.activation_floors) > 0
+    assert np.abs(naive.forward(merged, IDS) - naive.forward(model, IDS)).max() > 0.01
 
 
 def test_the_faster_type_is_one_of_two() -> None:
