@@ -53,7 +53,7 @@ class Fitting:
         residual, since a few have one a hundred times as large as all others. TrainingError where it is no number.
         """
         missing, given = self.teacher.flatten(0, 1), self.student.flatten(0, 1)
-        n, sums = self.model.config.n_embd, None
+        n, moments, targets, size = self.model.config.n_embd, *(torch.zeros((), device=given.device) for _ in range(3))
         for wanted, s in zip(missing.split(CHUNK), given.split(CHUNK), strict=True):
             x = self._norm(s)
             out, weight = ffn(x)[0], 1 / (wanted.square().mean(1, keepdim=True).sqrt() + 1e-3)
@@ -61,10 +61,7 @@ class Fitting:
             if ffn.base is None:
                 columns += [torch.ones_like(weight), ffn.neurons(x)[0].float()]
             a, b = torch.cat(columns, 1) * weight, (wanted - s - out) * weight
-            found = a.T @ a, a.T @ b, b.square().sum()
-            sums = found if sums is None else tuple(map(torch.add, sums, found))
-        assert sums is not None
-        moments, targets, size = sums
+            moments, targets, size = moments + a.T @ a, targets + a.T @ b, size + b.square().sum()
         power = moments.diagonal()
         ridge = torch.full_like(power, float(power[:n].mean()) * BYPASS_RIDGE)
         if ffn.base is None:

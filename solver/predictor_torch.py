@@ -117,7 +117,7 @@ def prepare(ffn: FFN, inputs: np.ndarray, sizes: np.ndarray) -> Layer:
     The weights of `ffn` (float32) say on which device.
     """
     where = ffn.gate.device
-    dtype = fastest_dtype() if where.type == "cpu" else torch.bfloat16
+    dtype = fastest_dtype(where)
     quick = ffn.to(dtype)
     x16, size = (torch.from_numpy(np.ascontiguousarray(part)).to(where) for part in (inputs, sizes))
     target = torch.empty(len(x16), len(ffn.gate), dtype=torch.float16, device=where)

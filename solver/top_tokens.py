@@ -57,11 +57,11 @@ class Teaching:
         return self.windows[which].to(device), Expected(ids.flatten(0, 1).long(), p.flatten(0, 1).float())
 
 
-def _array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
     """A file's array, zero at first; one of another size is made anew."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    mode = "r+" if path.exists() and path.stat().st_size == size else "w+"
-    return np.memmap(path, dtype, mode, shape=shape)
+    there = path.exists() and path.stat().st_size == size
+    return np.memmap(path, dtype, "r+" if there else "w+", shape=shape)
 
 
 @torch.no_grad()
