@@ -321,5 +321,6 @@ def _series(mode: str, config: ModelConfig, reference: ModelConfig) -> str:
     relufied = config.activation in RELUS and reference.activation not in RELUS
     return {
         "exact": "relufied (exact)" if relufied else "exact",
+        "threshold": "relufied (threshold)" if relufied else "threshold",
         "predict": "relufied + predictors" if relufied else "predictors",
     }.get(kind, kind)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,25 +17,34 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 256  # where a task does not say
 
 
-def run(llm: LLM, tasks: Sequence[str], limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Numbers by task and metric; tasks: the harness' names, or YAML files. limit: questions of each, None: all.
+def check() -> None:
+    """UnsupportedError if the package is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UnsupportedError("--tasks needs lm-evaluation-harness: pip install lm-eval")
+
+
+def run(
+    llm: LLM, tasks: Sequence[str], limit: int | None = None, folder: Path | None = None
+) -> dict[str, dict[str, float]]:
+    """Numbers by task and metric. limit: questions of each, None: all. folder: of more tasks, as YAML files.
 
     UnsupportedError: the package is missing, or cannot run a task (unknown, its data is not at hand).
     """
+    check()
     try:
         from lm_eval import simple_evaluate
-        from lm_eval.utils import load_yaml_config
-    except ImportError:
-        raise UnsupportedError("--tasks needs lm-evaluation-harness: pip install lm-eval") from None
-    try:
-        wanted = [load_yaml_config(name) if name.endswith((".yaml", ".yml")) else name for name in tasks]
-        found = simple_evaluate(adapter(llm), tasks=wanted, limit=limit, bootstrap_iters=0, log_samples=False)
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(folder) if folder else None)
+        settings = {"task_manager": manager, "limit": limit, "bootstrap_iters": 0, "log_samples": False}
+        found = simple_evaluate(adapter(llm), tasks=list(tasks), **settings)
     except Exception as error:  # whatever the harness, its data or the network makes of it
         lines = str(error).strip().splitlines() or ["no reason given"]
         what = f"--tasks {','.join(tasks)}: lm-evaluation-harness: {type(error).__name__}: {lines[0]:.200}"
         raise UnsupportedError(f"{what}; wanted tasks that it knows, with their data at hand") from error
     return {
-        task: {name: float(value) for name, value in scores.items() if isinstance(value, (int, float))}
+        # metrics are named with a filter, "acc,none", unlike what else there is
+        task: {name: float(x) for name, x in scores.items() if "," in name and isinstance(x, (int, float))}
         for task, scores in found["results"].items()
     }
 

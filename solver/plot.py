@@ -20,9 +20,11 @@ SERIES = {  # colour and marker of what solver.evaluate tells apart
     "exact": ("#4c72b0", "o"),
     "predictors": ("#55a868", "D"),
     "relufied (exact)": ("#4c72b0", "o"),
+    "relufied (threshold)": ("#8172b3", "^"),
     "relufied + predictors": ("#55a868", "D"),
 }
-STEEP = 3.0  # the ratio of perplexities from which on a plot of them is logarithmic
+STEEP = 2.0  # the ratio of perplexities from which on a plot of them is logarithmic
+_TICKS = (1.1, 1.2, 1.3, 1.5, 2, 3, 5)  # between 1 and 10 on that
 _NEEDED = "--plot needs matplotlib: pip install 'hotcold[plot]'"
 
 
@@ -98,7 +100,6 @@ def plot_quality(report: Report, path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter
     except ImportError:
         raise UnsupportedError(_NEEDED) from None
     names = [text.name for text in report.texts]
@@ -121,9 +122,10 @@ def plot_quality(report: Report, path: Path) -> None:
         axes.set_title(name, fontsize=10)
         axes.set(xlim=(0, 103), xlabel="active neurons (%)")
         if most > STEEP:
+            ticks = [10**power * tick for power in range(6) for tick in (1, *(_TICKS if not power else (2, 5)))]
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.minorticks_off()
+            axes.set_yticks(shown := [tick for tick in ticks if tick <= most], [f"{tick:g}" for tick in shown])
         axes.grid(alpha=0.25)
     reference = report.rows[0]
     panels[0].set_ylabel(f"perplexity, times that of {reference.model.stem}")

@@ -35,8 +35,9 @@ Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="D
 Prompts = Annotated[bool, typer.Option("--prompts", help="Print the answers to five chat prompts, too.")]
 Tasks = Annotated[
     str | None,
-    typer.Option("--tasks", metavar="NAME,...", help="Run tasks of lm-evaluation-harness, by name or YAML file."),
+    typer.Option("--tasks", metavar="NAME,...", help="Run tasks of lm-evaluation-harness, too."),
 ]
+TaskFolder = Annotated[Path | None, typer.Option("--tasks-from", metavar="DIR", help="More tasks, as YAML files.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Questions of each task [all].")]
 
 HEAD = ("", "active", "by layer", "FFN read", "perplexity", "ratio", "KL", "same token")
@@ -53,13 +54,17 @@ def evaluate(
     plot: Plot = None,
     prompts: Prompts = False,
     tasks: Tasks = None,
+    tasks_from: TaskFolder = None,
     limit: Limit = None,
     threads: options.Threads = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compare a model's modes with the model that it was made from."""
     from ..solver import evaluate as library
+    from ..solver import harness
 
+    if tasks:
+        harness.check()
     if chunks == 0:
         raise ParameterError("--chunks: got 0, wanted at least 1, or -1 for all")
     paths = [console.find_model(name) for name in dict.fromkeys(models)]
@@ -70,7 +75,7 @@ def evaluate(
             paths, teacher, sparsity or (), texts or (), not no_default_text, ctx, chunks, threads, status
         )
         answers = _answers(report, threads, status) if prompts else []
-        scores = _tasks(report, tasks.split(","), limit, threads, status) if tasks else []
+        scores = _tasks(report, tasks.split(","), tasks_from, limit, threads, status) if tasks else []
     finally:
         status.clear()
     for line in report.notes:
@@ -112,7 +117,12 @@ def _answers(report: Report, threads: int | None, status: console.StatusLine) ->
 
 
 def _tasks(
-    report: Report, names: list[str], limit: int | None, threads: int | None, status: console.StatusLine
+    report: Report,
+    names: list[str],
+    folder: Path | None,
+    limit: int | None,
+    threads: int | None,
+    status: console.StatusLine,
 ) -> list[dict[str, dict[str, float]]]:
     from ..runtime.llm import LLM
     from ..solver import harness
@@ -121,7 +131,7 @@ def _tasks(
     for row in report.rows:
         status(f"{row.model.stem}, {row.mode}: lm-evaluation-harness")
         with LLM(row.model, n_ctx=2048, n_threads=threads, sparsity=row.mode, progress=status) as llm:
-            found.append(harness.run(llm, names, limit))
+            found.append(harness.run(llm, names, limit, folder))
     return found
 
 

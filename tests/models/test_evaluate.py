@@ -175,8 +175,8 @@ def test_every_mode_that_a_section_makes_possible(tiny_model: MakeModel, tmp_pat
     assert modes == [
         (teacher, "dense", "dense"),
         (relu, "exact", "relufied (exact)"),
-        (relu, "threshold=0.75", "threshold"),
-        (relu, "threshold=0.5", "threshold"),
+        (relu, "threshold=0.75", "relufied (threshold)"),
+        (relu, "threshold=0.5", "relufied (threshold)"),
         (relu, "predict", "relufied + predictors"),
         (silu, "dense", "dense"),
         (silu, "threshold=0.6", "threshold"),
@@ -289,7 +289,7 @@ def test_bad_input(tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.Mo
         ((teacher, "--sparsity", "threshold=0.5"), "no thresholds"),
         ((teacher, "--sparsity", "thin"), "sparsity: got 'thin'"),
         ((teacher, "--chunks", 0), "--chunks: got 0"),
-        ((teacher, "--tasks", "arc_easy"), "--tasks needs lm-evaluation-harness: pip install lm-eval"),
+        ((tmp_path / "none.gguf", "--tasks", "arc_easy"), "--tasks needs lm-evaluation-harness: pip install lm-eval"),
         ((teacher, "--plot", tmp_path / "a.nosuch"), "a.nosuch"),
     ):
         done = invoke(*settings[:5], *(settings[5:] if "--text" not in arguments else ()), *arguments)
