@@ -33,13 +33,13 @@ MakeModel = Callable[..., Path]
 
 @dataclass
 class Counted(naive.Model):
-    """Counts the positive gates of a ReLU model: int [n_layer, n_ff], over all tokens but the last of each forward."""
+    """Counts the gates of a ReLU model above zero and the floor: int [n_layer, n_ff], and apart of the last tokens."""
 
     counts: np.ndarray = field(default_factory=lambda: np.zeros((N_LAYER, N_FF), int))
     last: np.ndarray = field(default_factory=lambda: np.zeros((N_LAYER, N_FF), int))
 
     def _ffn(self, layer: int, x: np.ndarray) -> np.ndarray:
-        on = self._linear(f"blk.{layer}.ffn_gate", x) > 0
+        on = self._linear(f"blk.{layer}.ffn_gate", x) > max(0, self.floors[layer])
         self.counts[layer] += on[:-1].sum(axis=0)
         self.last[layer] += on[-1]
         return super()._ffn(layer, x)
@@ -141,15 +141,22 @@ def test_the_numbers_are_those_of_numpy(tiny_model: MakeModel, tmp_path: Path, t
 
 
 def test_skew_is_that_of_all_windows(tiny_model: MakeModel, tmp_path: Path) -> None:
-    path = tiny_model(metadata=RELU)
+    path = tiny_model(metadata=RELU, bypass=True, floors=[0.1, 0.6])
     files = [text_file(tmp_path)]
     report = evaluate([path], None, ["exact"], files, default_text=False, n_ctx=N_CTX, chunks=3)
     model = counted(path)
     for window in (window for text in report.texts for window in text.windows):
         model.forward(window)
+    on_text = counted(path)
+    for window in report.texts[0].windows:
+        on_text.forward(window)
+    score = report.rows[1].scores["words.txt"]
+    np.testing.assert_allclose(score.densities, on_text.counts.mean(axis=1) / (3 * (N_CTX - 1)), atol=2e-3)
+    assert score.densities[1] < score.densities[0] - 0.05
+    assert score.read == pytest.approx((1 + 2 * score.density) / 3 + N_EMBD / (3 * N_FF))  # the bypass is always read
     counts = np.sort((model.counts + model.last).ravel())[::-1]
     share = (np.searchsorted(np.cumsum(counts), 0.8 * counts.sum()) + 1) / counts.size
-    assert report.rows[1].skew == pytest.approx(share, abs=0.01) and 0.3 < share < 0.8
+    assert report.rows[1].skew == pytest.approx(share, abs=0.01) and 0.1 < share < 0.7
 
 
 def test_a_model_against_itself(tiny_model: MakeModel, tmp_path: Path) -> None:
