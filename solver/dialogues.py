@@ -48,7 +48,7 @@ def write(
     done, stop, n_threads = [0] * len(sizes), threading.Event(), torch.get_num_threads()
 
     def work(i: int) -> Tensor:
-        written = torch.tensor(start).repeat(sizes[i], 1)
+        written = torch.tensor(start, device=model.device).repeat(sizes[i], 1)
         for longer in _steps(model, written, n_ctx, torch.Generator().manual_seed(seed + i)):
             if stop.is_set():
                 break
@@ -65,7 +65,7 @@ def write(
                     progress(sum(done), len(sizes) * n_ctx)
             finally:
                 stop.set()
-            return torch.cat([batch.result() for batch in batches])
+            return torch.cat([batch.result() for batch in batches]).cpu()
     finally:
         torch.set_num_threads(n_threads)
 
@@ -76,7 +76,10 @@ def _steps(model: TorchModel, ids: Tensor, n_ctx: int, generator: Generator) -> 
 
     c, n = model.config, len(ids)
     caches = [
-        [torch.zeros(n, c.n_head_kv, n_ctx, dim, dtype=model.dtype) for dim in (c.head_dim_k, c.head_dim_v)]
+        [
+            torch.zeros(n, c.n_head_kv, n_ctx, dim, dtype=model.dtype, device=model.device)
+            for dim in (c.head_dim_k, c.head_dim_v)
+        ]
         for _ in range(c.n_layer)
     ]
     for at in range(n_ctx - 1):
@@ -88,7 +91,7 @@ def _steps(model: TorchModel, ids: Tensor, n_ctx: int, generator: Generator) -> 
             if at + 1 == ids.shape[1]:
                 logits = (model.norm("output_norm", x[:, 0]) @ model.head().T).float()
                 shares = (logits / TEMPERATURE).softmax(-1).cumsum(-1)
-                drawn = torch.rand(n, 1, generator=generator) * shares[:, -1:]
+                drawn = torch.rand(n, 1, generator=generator).to(shares.device) * shares[:, -1:]
                 chosen = torch.searchsorted(shares, drawn).clamp(max=c.n_vocab - 1)
                 ids = torch.cat([ids, chosen], dim=1)
         yield ids
