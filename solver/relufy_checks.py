@@ -85,7 +85,7 @@ def check_model(source: GGUFFile, config: ModelConfig) -> None:
     c = config
     other = (
         "relufy retrains models with a gated FFN in blocks of the Llama kind "
-        "(RMS norms before attention and FFN, rotary positions), such as Llama, Mistral and Qwen2"
+        "(RMS norms before attention and FFN, rotary positions), such as Llama, Mistral, Qwen2 and Qwen3"
     )
     thresholds = "hotcold sparsify and --sparsity threshold=D"
     if c.n_expert:
@@ -102,7 +102,7 @@ def check_model(source: GGUFFile, config: ModelConfig) -> None:
         "layer norms": c.norm != "rms",
         "attention and FFN side by side": c.parallel,
         "norms after attention and FFN": c.has("post_attention_norm.weight") or c.has("post_ffw_norm.weight"),
-        "norms of queries and keys": c.has("attn_q_norm.weight"),
+        "norms of all queries at once": c.whole_head_norms,
         "no rotary positions": c.rope_dim == 0,
         "rotary positions that are not the same in all layers and contexts": (
             c.local_base > 0 or c.rope_scaling.kind == "longrope"

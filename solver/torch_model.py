@@ -130,7 +130,12 @@ class TorchModel:
             self._linear(f"blk.{layer}.attn_{part}", a).view(*x.shape[:2], n, -1).transpose(1, 2)
             for part, n in (("q", c.n_head), ("k", c.n_head_kv), ("v", c.n_head_kv))
         )
+        q, k = (self._head_norm(f"blk.{layer}.attn_{part}_norm", x) for part, x in (("q", q), ("k", k)))
         return self._rope(q, at), self._rope(k, at), v
+
+    def _head_norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm of each head, where the model has one."""
+        return self.norm(name, x.float()) if f"{name}.weight" in self.weights else x
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         bias = self.weights.get(f"{name}.bias")

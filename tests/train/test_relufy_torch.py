@@ -81,6 +81,16 @@ def test_forward_agrees_with_the_oracle(tiny_model: Make, family: str) -> None:
         assert np.abs(got.numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
 
 
+def test_norms_of_heads_agree_with_the_oracle(family_file: Make) -> None:
+    path = family_file("qwen3")
+    model = load(path)
+    ids = [id % model.config.n_vocab for id in IDS]
+    with torch.no_grad():
+        logits = model.forward(torch.tensor([ids]))[0] @ model.head().T
+    wanted = naive.forward(path, ids)
+    assert np.abs(logits.numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
 def test_perplexity_agrees_with_the_oracle(tiny_model: Make) -> None:
     path = tiny_model()
     perplexity, densities = Student(load(path), []).evaluate(torch.tensor([IDS, IDS[::-1]]))

@@ -220,7 +220,7 @@ OBSTACLES = {
     "stablelm": "layer norms",
     "gemma2": "norms after attention and FFN",
     "olmo2": "norms after attention and FFN",
-    "qwen3": "norms of queries and keys",
+    "qwen3": "",
     "granite": "scaled embeddings, residuals or logits",
     "llama-rope3-bias": "an FFN with biases",
     "llama": "",
