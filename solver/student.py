@@ -25,7 +25,7 @@ SOFTNESS = 0.5  # of the step that stands for `gate > floor` in gradients, in RM
 
 
 class Ffn:
-    """A layer's own part: down h + bypass x + bias, where h = relu(gate x) * (up x) above the floor and else 0.
+    """A layer's own part: down h + bypass x + bias, where h = relu(gate x) * (up x) from the floor on and else 0.
 
     own: what is trained, float32: gate and up [n_ff, n_embd], down [n_embd, n_ff], bypass [n_embd, n_embd] and
     bypass_bias [n_embd]; or with a base (its matrices by part), `PART.a` [rank, n_in] and `PART.b` [n_out, rank] for
@@ -87,7 +87,7 @@ class Ffn:
     def neurons(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(h, raw gate) of normed inputs x, in x's type."""
         gate = F.linear(x, self.matrix("gate").to(x.dtype))
-        open_gate = F.relu(gate) if self.floor == 0 else torch.where(gate > self.floor, gate, 0)
+        open_gate = F.relu(gate) if self.floor == 0 else torch.where(gate >= self.floor, gate, 0)
         return open_gate * F.linear(x, self.matrix("up").to(x.dtype)), gate
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +105,7 @@ class Ffn:
 
     def density(self, gate: Tensor) -> Tensor:
         """The share of active neurons, a number."""
-        return (gate > self.floor).float().mean()
+        return (gate >= self.floor if self.floor > 0 else gate > 0).float().mean()
 
     def soft_density(self, gate: Tensor) -> Tensor:
         """A smooth stand-in for `density`; does not change when gates and floor are scaled."""
