@@ -112,6 +112,5 @@ def reader_of(engine: Engine, progress: jit.Progress | None = None) -> Reader:
 
 
 def bytes_outside_ffn(engine: Engine) -> int:
-    """Bytes of weights that every step on the CPU reads; engine.usage counts those of the FFNs' neurons."""
-    read = ((name, nbytes) for name, (_, nbytes) in weights(engine).items())
-    return sum(nbytes for name, nbytes in read if ".ffn_" not in name or ".ffn_bypass." in name)
+    """Bytes of weights that every step on the CPU reads; engine.usage counts those of the FFNs."""
+    return sum(nbytes for name, (_, nbytes) in weights(engine).items() if ".ffn_" not in name)

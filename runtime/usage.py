@@ -23,7 +23,7 @@ class Usage:
     """Sums over all steps and layers of an engine; the difference of two is what happened between.
 
     steps: steps taken. places, active: (token, neuron) pairs in all, and those active; both 0 for a dense engine.
-    ffn_bytes: bytes of FFN weights read, predictors and routers included; dense_bytes: what reading all weights in
+    ffn_bytes: bytes of FFN weights read, predictors, routers and bypasses included; dense_bytes: what reading all weights in
     every step would have been. ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors.
     experts: int64 [n_layer, n_expert], how many tokens chose each expert, of layers that the CPU has a part in; None
     where there are no experts. The active neurons of a mixture are those of the chosen experts. layers: places and
@@ -84,11 +84,12 @@ def usage(
     if config.n_expert:
         return _mixture(tape, tensors, config, steps, gpu)
     sizes = [_sizes(tensors, layer) for layer in range(config.n_layer)]
-    dense = sum(size["ffn_gate"] + size["ffn_up"] + size["ffn_down"] for size in sizes)
+    bypass = sum(size["ffn_bypass"] for size in sizes)
+    dense = bypass + sum(size["ffn_gate"] + size["ffn_up"] + size["ffn_down"] for size in sizes)
     if plan is None:
         return Usage(steps, ffn_bytes=steps * dense, dense_bytes=steps * dense)
     choices = tape.buffers["choices"].view(np.int64).reshape(-1, len(Choice)) if "choices" in tape.buffers else None
-    layers, read = np.zeros((2, config.n_layer), np.int64), 0
+    layers, read = np.zeros((2, config.n_layer), np.int64), steps * bypass
     for layer, size in enumerate(sizes):
         always = size["ffn_pred_a"] + size["ffn_pred_b"] if plan.predictor else size["ffn_gate"]
         by_list = (0 if not plan.predictor else size["ffn_gate"]) + size["ffn_up"] + size["ffn_down_t"]
@@ -149,7 +150,7 @@ def _predicts(node: Node) -> bool:
 
 def _sizes(tensors: Tensors, layer: int) -> dict[str, int]:
     """Bytes of a layer's FFN matrices; ffn_down counts as ffn_down_t where there is no other."""
-    names = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "ffn_pred_a", "ffn_pred_b")
+    names = ("ffn_gate", "ffn_up", "ffn_down", "ffn_down_t", "ffn_pred_a", "ffn_pred_b", "ffn_bypass")
     found = {name: f"blk.{layer}.{name}.weight" for name in names}
     sizes = {name: tensors.info(full).nbytes if full in tensors else 0 for name, full in found.items()}
     if not sizes["ffn_gate"]:  # the only projection decides

@@ -38,7 +38,7 @@ class Result:
 
 def other_bytes(engine: Engine) -> int:
     """Bytes of weights that a step of one token reads outside the FFNs."""
-    ffn = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
+    ffn = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight", "ffn_bypass.weight")
     skipped = () if engine.config.tied_output else ("token_embd.weight",)
     return sum(t.nbytes for name, t in engine.file.tensors.items() if not name.endswith(ffn) and name not in skipped)
 

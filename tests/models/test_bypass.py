@@ -253,15 +253,19 @@ def test_neurons_below_their_floor_cost_nothing_to_drop(tiny_model: Make) -> Non
         assert found.error[layer, first:].sum() > 0
 
 
-def test_bytes_of_a_step(tiny_model: Make) -> None:
-    """The bypass is read always, and is none of the neurons."""
-    read = []
+@pytest.mark.parametrize("mode", ["dense", "exact"])
+def test_bytes_of_a_step(tiny_model: Make, mode: str) -> None:
+    """The bypass is read always, with the FFN's other weights."""
+    found = []
     for bypass in (False, True):
-        with Engine(tiny_model(**(RELU | {"bypass": bypass})), n_ctx=64, n_threads=1) as engine:
+        with Engine(tiny_model(**(RELU | {"bypass": bypass})), n_ctx=64, n_threads=1, sparsity=mode) as engine:
             engine.eval(engine.new_sequence(), [1])
-            read.append((limits.bytes_outside_ffn(engine), engine.usage.dense_bytes))
-    assert read[1][0] - read[0][0] == N_LAYER * N_EMBD * N_EMBD * 4
-    assert read[1][1] == read[0][1] == N_LAYER * 3 * N_EMBD * N_FF * 4
+            usage = engine.usage
+            listed = usage.active * 2 * N_EMBD * 4 if mode == "exact" else N_LAYER * 2 * N_FF * N_EMBD * 4
+            assert usage.ffn_bytes == listed + N_LAYER * N_EMBD * (N_FF + bypass * N_EMBD) * 4
+            found.append((limits.bytes_outside_ffn(engine), usage.dense_bytes))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] - found[0][1] == N_LAYER * N_EMBD * N_EMBD * 4
 
 
 # --- files ---
