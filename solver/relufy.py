@@ -90,7 +90,7 @@ def relufy(
         except BaseException:
             run.keep()
             raise
-        _write(source, config, out, kind, run.student, _notes(corpus, recipe, report))
+        _write(source, config, out, kind, run.student, _notes(corpus, recipe, effort, report))
         work.drop()
     return report
 
@@ -240,7 +240,7 @@ class _Run:
         if effort.polish is not None:
             steps = effort.polish // recipe.batch
         ubatch = min(batch, max(1, effort.ubatch // WINDOW))
-        plan = Plan(recipe.density, effort.lr, batch, ubatch, recipe.chat, recipe.seed, steps)
+        plan = Plan(effort.density, effort.lr, batch, ubatch, recipe.chat, recipe.seed, steps)
         self._distil_began = self.seconds
         training = Distillation(self.student, teaching, plan, self._time_over)
         if (state := self.work.load("together")) is not None:
@@ -314,7 +314,7 @@ def _mixed(windows: Tensor, dialogues: Tensor | None, start: int, n: int, chat: 
     return torch.cat(parts)
 
 
-def _notes(corpus: Corpus | None, recipe: Recipe, report: Report) -> dict[str, Any]:
+def _notes(corpus: Corpus | None, recipe: Recipe, effort: Effort, report: Report) -> dict[str, Any]:
     """What the file says of its making."""
     name = "text of the model's own" if corpus is None else corpus.name
     made = f"{report.tokens} tokens in {report.minutes:.0f} minutes after a fit on {recipe.tokens} tokens"
@@ -324,5 +324,6 @@ def _notes(corpus: Corpus | None, recipe: Recipe, report: Report) -> dict[str, A
         "general.description": f"FFNs retrained with ReLU by hotcold relufy on {name}: {made}",
         "hotcold.relufy.texts": name.split(", "),
         "hotcold.relufy.distilled_tokens": report.tokens,
+        "hotcold.relufy.density": effort.density,
         **{f"hotcold.relufy.{key}": value for key, value in asdict(recipe).items()},
     }

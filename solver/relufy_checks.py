@@ -27,12 +27,10 @@ TRAINED = ("silu", "gelu")
 class Recipe:
     """What to make; kept work is only taken up for the same one.
 
-    density: mean share of active neurons to reach; tokens: of the fit of each sweep through the layers; chat: share of
-    conversations that the model writes itself; batch: tokens of a step of all layers together; low_rank: rank of the
-    updates, 0 trains whole matrices.
+    tokens: of the fit of each sweep through the layers; chat: share of conversations that the model writes itself;
+    batch: tokens of a step of all layers together; low_rank: rank of the updates, 0 trains whole matrices.
     """
 
-    density: float = 0.3
     tokens: int = 32768
     sweeps: int = 1
     chat: float = 0.33
@@ -46,21 +44,20 @@ class Recipe:
         for name, low in lows.items():
             if (got := getattr(self, name)) < low:
                 raise ParameterError(f"{name}: got {got}, wanted at least {low}")
-        if not 0.01 <= self.density <= 1.0:
-            raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
         if not 0.0 <= self.chat <= 0.9:
             raise ParameterError(f"chat: got {self.chat}, wanted 0 to 0.9")
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How to get there; may change when kept work is taken up.
+    """How far to go; may change when kept work is taken up.
 
-    minutes: for everything, or polish: tokens of all layers together (0 leaves that out), which gives the same file
-    again; lr: the highest of that training; ubatch: tokens in memory at once; checkpointing: compute blocks twice
-    instead of keeping what they make.
+    density: mean share of active neurons to reach; minutes: for everything, or polish: tokens of all layers together (0
+    leaves that out), which gives the same file again; lr: the highest of that training; ubatch: tokens in memory at
+    once; checkpointing: compute blocks twice instead of keeping what they make.
     """
 
+    density: float = 0.3
     minutes: float | None = 90.0
     polish: int | None = None
     lr: float = 3e-4
@@ -68,6 +65,8 @@ class Effort:
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        if not 0.01 <= self.density <= 1.0:
+            raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
         if (self.minutes is None) == (self.polish is None):
             raise ParameterError("minutes, polish: got both or neither, wanted one of them")
         if self.minutes is not None and not 0 < self.minutes < 1e6:

@@ -78,8 +78,8 @@ def relufy(
         raise ParameterError(f"--text: got {text!r:.40}, wanted self; files are named without an option")
     if bool(texts) == (text == "self"):
         raise ParameterError("TEXT: got text files and --text self, or neither; wanted one of them")
-    recipe = Recipe(density, fit_tokens, sweeps, chat, batch_size, low_rank, seed)
-    effort = Effort(None if tokens is not None else minutes, tokens, lr, ubatch_size, checkpointing)
+    recipe = Recipe(fit_tokens, sweeps, chat, batch_size, low_rank, seed)
+    effort = Effort(density, None if tokens is not None else minutes, tokens, lr, ubatch_size, checkpointing)
     with GGUFFile(console.find_model(model)) as source:
         config = ModelConfig.from_gguf(source)
         check_model(source, config)

@@ -47,7 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "relu2": {"metadata": {"llama.hidden_activation": "relu2"}},
 }
 
-SMALL = Recipe(tokens=16384, density=0.4)
+SMALL = Recipe(tokens=16384)
 
 
 @pytest.fixture(autouse=True)
@@ -378,7 +378,7 @@ def make(model: Path, out: Path, stop_in: str = "", stop_at: int = -1, **changes
                 raise KeyboardInterrupt
 
     said: list[str] = []
-    recipe, effort = replace(SMALL, **changes), Effort(minutes=None, polish=20480, lr=2e-3)
+    recipe, effort = replace(SMALL, **changes), Effort(density=0.4, minutes=None, polish=20480, lr=2e-3)
     with GGUFFile(model) as file:
         relufy.relufy(file, text(), out, recipe, effort, GGMLType.F32, said.append, advance)
     return said

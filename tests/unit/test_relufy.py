@@ -149,8 +149,8 @@ def test_types(tiny_model: Make) -> None:
 
 @pytest.mark.parametrize(
     "kind, name, value",
-    [(Recipe, "tokens", 100), (Recipe, "sweeps", 0), (Recipe, "seed", -1), (Recipe, "density", 0.0)]
-    + [(Recipe, "density", 1.5), (Recipe, "chat", -0.1), (Recipe, "chat", 1.0), (Recipe, "low_rank", -1)]
+    [(Recipe, "tokens", 100), (Recipe, "sweeps", 0), (Recipe, "seed", -1), (Effort, "density", 0.0)]
+    + [(Effort, "density", 1.5), (Recipe, "chat", -0.1), (Recipe, "chat", 1.0), (Recipe, "low_rank", -1)]
     + [(Recipe, "batch", 100), (Effort, "minutes", 0.0), (Effort, "lr", 0.0), (Effort, "ubatch", 10)],
 )
 def test_settings_out_of_range(kind: type, name: str, value: Any) -> None:
@@ -192,14 +192,14 @@ def test_work_is_kept_and_only_taken_up_for_equal_settings(tiny_model: Make, tmp
                 return work.begin()
 
     folder, text, recipe = tmp_path / "out.gguf.relufy", corpus(N_TOKENS), Recipe()
-    assert not begin(tiny_model(), text, Recipe(density=0.5))
+    assert not begin(tiny_model(), text, Recipe(seed=7))
     assert not begin(tiny_model(), text, recipe)  # nothing was done for the other yet
     (folder / "layer-0.pt").write_bytes(b"trained")
     for other in (
         (tiny_model(seed=1), text, recipe),
         (tiny_model(), corpus(N_TOKENS + 1), recipe),
         (tiny_model(), None, recipe),
-        (tiny_model(), text, Recipe(density=0.25)),
+        (tiny_model(), text, Recipe(low_rank=8)),
     ):
         with pytest.raises(StorageError, match=r"out.gguf.relufy: .* of other settings.*; delete it, or name another"):
             begin(*other)
