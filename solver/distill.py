@@ -57,7 +57,9 @@ class Distillation:
     @property
     def progress(self) -> float:
         """The share that is over, 0 to 1."""
-        return min(1.0, self._time() if self.plan.steps is None else self.done / self.plan.steps)
+        if self.plan.steps is None:
+            return min(1.0, self._time())
+        return min(1.0, self.done / self.plan.steps) if self.plan.steps else 1.0
 
     def target(self) -> float:
         """The density wanted now."""

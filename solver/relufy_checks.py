@@ -21,6 +21,7 @@ WINDOW = 256  # tokens; attention stays as it is, so longer ones would only cost
 HELD_OUT = 16  # windows that are never trained on
 MIN_WINDOWS = 64
 TRAINED = ("silu", "gelu")
+WHOLE_LR, LOW_RANK_LR = 3e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Effort:
     density: float = 0.3
     minutes: float | None = 90.0
     polish: int | None = None
-    lr: float = 3e-4
+    lr: float = WHOLE_LR
     ubatch: int = 2048
     checkpointing: bool = False
 

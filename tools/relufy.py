@@ -17,7 +17,7 @@ from .console import human_bytes, note, printable
 if TYPE_CHECKING:
     from ..solver.relufy import Report
 
-Texts = Annotated[list[Path] | None, typer.Argument(metavar="[TEXT...]", help="UTF-8 text files to train on.")]
+Texts = Annotated[list[Path] | None, typer.Argument(metavar="TEXT", help="UTF-8 text files to train on.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT.gguf", help="File to write; replaced if it is there.")]
 Text = Annotated[
     str | None,
@@ -35,7 +35,9 @@ LowRank = Annotated[
 Sweeps = Annotated[int, typer.Option("--sweeps", metavar="N", help="Passes through the layers, one by one.")]
 FitTokens = Annotated[int, typer.Option("--fit-tokens", metavar="N", help="Tokens of each of these passes.")]
 Chat = Annotated[float, typer.Option("--chat", metavar="S", help="Share of dialogues that the model writes itself.")]
-Rate = Annotated[float, typer.Option("--lr", metavar="X", help="Highest learning rate of all layers together.")]
+Rate = Annotated[
+    float | None, typer.Option("--lr", metavar="X", help="Highest learning rate [3e-4, or 1e-3 with --low-rank].")
+]
 Batch = Annotated[int, typer.Option("--batch-size", "-b", metavar="N", help="Tokens of a step.")]
 Ubatch = Annotated[int, typer.Option("--ubatch-size", "-ub", metavar="N", help="Tokens in memory at once.")]
 Checkpointing = Annotated[
@@ -57,7 +59,7 @@ def relufy(
     sweeps: Sweeps = 1,
     fit_tokens: FitTokens = 32768,
     chat: Chat = 0.33,
-    lr: Rate = 3e-4,
+    lr: Rate = None,
     batch_size: Batch = 2048,
     ubatch_size: Ubatch = 2048,
     checkpointing: Checkpointing = False,
@@ -72,14 +74,15 @@ def relufy(
     from ..formats.tokenizer import load_tokenizer
     from ..solver import corpus, relu_file
     from ..solver import relufy as library
-    from ..solver.relufy_checks import Effort, Recipe, check_model, require_torch
+    from ..solver.relufy_checks import LOW_RANK_LR, WHOLE_LR, Effort, Recipe, check_model, require_torch
 
     if text not in (None, "self"):
         raise ParameterError(f"--text: got {text!r:.40}, wanted self; files are named without an option")
     if bool(texts) == (text == "self"):
         raise ParameterError("TEXT: got text files and --text self, or neither; wanted one of them")
     recipe = Recipe(fit_tokens, sweeps, chat, batch_size, low_rank, seed)
-    effort = Effort(density, None if tokens is not None else minutes, tokens, lr, ubatch_size, checkpointing)
+    rate = lr or (LOW_RANK_LR if low_rank else WHOLE_LR)
+    effort = Effort(density, None if tokens is not None else minutes, tokens, rate, ubatch_size, checkpointing)
     with GGUFFile(console.find_model(model)) as source:
         config = ModelConfig.from_gguf(source)
         check_model(source, config)
