@@ -24,10 +24,10 @@ class Usage:
 
     steps: steps taken. places, active: (token, neuron) pairs in all, and those active; both 0 for a dense engine.
     ffn_bytes: bytes of FFN weights read, predictors, routers and bypasses included; dense_bytes: what reading all
-    weights in every step would have been. ticks, predictor_ticks: clock ticks of one thread in all ops, and in predictors.
-    experts: int64 [n_layer, n_expert], how many tokens chose each expert, of layers that the CPU has a part in; None
-    where there are no experts. The active neurons of a mixture are those of the chosen experts. layers: places and
-    active by layer, int64 [2, n_layer]; None for a dense engine.
+    weights in every step would have been. ticks, predictor_ticks: clock ticks of one thread in all ops, and in
+    predictors. experts: int64 [n_layer, n_expert], how many tokens chose each expert, of layers that the CPU has a part
+    in; None where there are no experts. The active neurons of a mixture are those of the chosen experts. layers: places
+    and active by layer, int64 [2, n_layer]; None for a dense engine.
     """
 
     steps: int = 0
