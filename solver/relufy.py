@@ -141,15 +141,15 @@ class _Run:
     def train(self) -> Report:
         """All stages."""
         text, held_out = self._text()
-        teacher_perplexity, _ = self.student.evaluate(held_out)
-        self.say(f"teacher: perplexity {teacher_perplexity:.2f} on {held_out.numel()} held-out tokens")
+        self._teacher_perplexity, _ = self.student.evaluate(held_out)
+        self.say(f"teacher: perplexity {self._teacher_perplexity:.2f} on {held_out.numel()} held-out tokens")
         chats = self._dialogues()
         for sweep in range(self.recipe.sweeps):
             self._fit(sweep, text, chats, held_out)
         tokens = self._distil(text, chats, held_out)
         perplexity, densities = self.student.evaluate(held_out)
         n = 0 if chats is None else len(chats)
-        return Report(teacher_perplexity, perplexity, densities, n, tokens, self.seconds / 60)
+        return Report(self._teacher_perplexity, perplexity, densities, n, tokens, self.seconds / 60)
 
     def _text(self) -> tuple[Tensor, Tensor]:
         """(windows to train on, windows held out), int64 [n, WINDOW]."""
@@ -272,8 +272,9 @@ class _Run:
 
     def _say_quality(self, stage: str, held_out: Tensor) -> None:
         perplexity, densities = self.student.evaluate(held_out)
-        mean, minutes = sum(densities) / len(densities), self.seconds / 60
-        self.say(f"{stage}: {mean:.1%} active, held-out perplexity {perplexity:.2f} ({minutes:.0f} min)")
+        mean, ratio = sum(densities) / len(densities), perplexity / self._teacher_perplexity
+        quality = f"held-out perplexity {perplexity:.2f}, {ratio:.3f} x the teacher's"
+        self.say(f"{stage}: {mean:.1%} active, {quality} ({self.seconds / 60:.0f} min)")
 
 
 def _write(
