@@ -95,7 +95,7 @@ def _entry(key: str, value: Value) -> bytes:
         return head + (struct.pack("<II", _U32, value) if value >= 0 else struct.pack("<Ii", _I32, value))
     if isinstance(value, float):
         return head + struct.pack("<If", _F32, value)
-    kind = _STRING if isinstance(value[0], str) else _F32
+    kind = _STRING if all(isinstance(item, str) for item in value) else _F32
     items = (_string(item) if isinstance(item, str) else struct.pack("<f", item) for item in value)
     return head + struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(items)
 

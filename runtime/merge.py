@@ -78,8 +78,8 @@ def merge(
         raise ParameterError(f"type: got {kind!r:.20}, wanted one of {', '.join(ENCODED)}")
     if not lora:
         raise ParameterError("lora: got no adapter, wanted at least one to merge")
-    if out.resolve() == path.resolve():
-        raise ParameterError(f"{out}: is the model itself; name another file to write")
+    if out.resolve() in (path.resolve(), *(adapter.resolve() for adapter, _ in lora)):
+        raise ParameterError(f"{out}: is the model itself or an adapter; name another file to write")
     if out.is_dir():
         raise StorageError(f"{out}: is a folder; name the file to write")
     if (side := sidecar_path(out)).exists():

@@ -14,6 +14,7 @@ from ..formats.chat_template import load_template
 from ..formats.errors import TemplateError
 from ..formats.gguf import GGUFFile
 from ..formats.tokenizer import load_tokenizer
+from .conversations import MIN_P, TEMPERATURE
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .torch_model import TorchModel
 
 BATCH = 64  # windows that a thread writes side by side
-TEMPERATURE = 0.8
 
 
 def opening(file: GGUFFile, n_ctx: int) -> list[int] | None:
@@ -90,7 +90,9 @@ def _steps(model: TorchModel, ids: Tensor, n_ctx: int, generator: Generator) -> 
                 x = x + model.ffn(layer, x)
             if at + 1 == ids.shape[1]:
                 logits = (model.norm("output_norm", x[:, 0]) @ model.head().T).float()
-                shares = (logits / TEMPERATURE).softmax(-1).cumsum(-1)
+                likely = (logits / TEMPERATURE).softmax(-1)
+                likely[likely < MIN_P * likely.amax(-1, keepdim=True)] = 0
+                shares = likely.cumsum(-1)
                 drawn = torch.rand(n, 1, generator=generator).to(shares.device) * shares[:, -1:]
                 chosen = torch.searchsorted(shares, drawn).clamp(max=c.n_vocab - 1)
                 ids = torch.cat([ids, chosen], dim=1)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..formats.errors import TrainingError
+from .relufy_checks import memory
 from .student import Student
 from .top_tokens import Teaching, divergence
 
@@ -51,7 +52,7 @@ class Distillation:
         self.optimizer = torch.optim.AdamW(self.parameters, plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.done, self.share, self.start, self.whole = 0, -1.0, -1.0, True
         n, n_text = len(teaching.windows), teaching.n_text
-        self._n_chat = round(plan.batch * plan.chat) if n > n_text else 0
+        self._chat = plan.batch * plan.chat if n > n_text else 0.0
         self._text, self._dialogues = _Deck(0, n_text, plan.seed), _Deck(n_text, n - n_text, plan.seed)
 
     @property
@@ -71,20 +72,21 @@ class Distillation:
 
         TrainingError, before anything is changed, where the loss is no number or memory is out.
         """
-        plan, loss, share = self.plan, 0.0, 0.0
+        plan, loss, share, least = self.plan, 0.0, 0.0, torch.zeros(())
         pressure = 2 * PRESSURE * max(0.0, self.share - self.target()) if self.share >= 0 else 0.0
         with self._memory():
             for which in self._batch(self.done).split(plan.ubatch):
                 part = len(which) / plan.batch
                 ids, expected = self.teaching(which)
-                normed, soft, density, least = self.student.forward(ids)
+                normed, soft, density, lowest = self.student.forward(ids)
                 rows = normed.detach().flatten(0, 1)
                 nats, gradient = divergence(expected, rows, self.student.teacher.head())
                 loss, share = loss + part * nats, share + part * float(density.detach().mean())
+                least = least + part * lowest.detach().cpu()
                 penalty = part * pressure * soft.mean()
                 torch.autograd.backward([normed, penalty], [part * gradient.view_as(normed), None])
         if not math.isfinite(loss):
-            self.optimizer.zero_grad()
+            self.whole = False  # these weights make it again
             raise TrainingError(
                 f"the loss is {loss} at step {self.done + 1}; what was kept last is whole: "
                 f"run the same command with a lower --lr (it was {plan.lr:g})"
@@ -93,11 +95,12 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = plan.lr * min(1.0, (self.done + 1) / WARM_UP) * cosine
         self.whole = False  # an interruption from here on leaves nothing that could be kept
-        self.optimizer.step()
+        with self._memory():
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.start = max(self.start, plan.density, share if self.done == 0 else 0.0)
         self.share = share if self.share < 0 else 0.8 * self.share + 0.2 * share
-        self._raise_floors(least.detach().tolist())
+        self._raise_floors(least.tolist())
         self.done += 1
         self.whole = True
         return loss, share
@@ -125,28 +128,20 @@ class Distillation:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _batch(self, number: int) -> Tensor:
-        """The windows of a step."""
-        n_text = self.plan.batch - self._n_chat
+        """The windows of a step; dialogues as often as their share says, over the steps."""
+        first, last = (math.floor(step * self._chat + 1e-9) for step in (number, number + 1))
+        n_text = self.plan.batch - (last - first)
         return torch.cat([
-            self._text.draw(number * n_text, n_text), self._dialogues.draw(number * self._n_chat, self._n_chat)
+            self._text.draw(number * self.plan.batch - first, n_text), self._dialogues.draw(first, last - first)
         ])  # fmt: skip
 
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            self.optimizer.zero_grad()
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
-                raise
-            tokens = self.plan.ubatch * self.teaching.windows.shape[1]
-            fits = f"--ubatch-size {tokens // 2}" if self.plan.ubatch > 1 else "a machine with more, or --low-rank"
-            if not self.student.saving:
-                fits = f"--checkpointing, or {fits}"
-            raise TrainingError(
-                f"out of memory with {tokens} tokens at once, at step {self.done + 1}; what was kept last is whole: "
-                f"run the same command with {fits}"
-            ) from None
+    def _memory(self) -> AbstractContextManager[None]:
+        tokens = self.plan.ubatch * self.teaching.windows.shape[1]
+        fits = [] if self.student.saving else ["--checkpointing"]
+        if self.plan.ubatch > 1:
+            fits.append(f"--ubatch-size {tokens // 2}")
+        fits.append("--low-rank and another file to write")
+        return memory(f"{tokens} tokens at once, at step {self.done + 1}", ", or ".join(fits))
 
 
 class _Deck:

@@ -66,31 +66,34 @@ class Fitting:
         ridge = torch.full_like(power, float(power[:n].mean()) * BYPASS_RIDGE)
         if ffn.base is None:
             ridge[n + 1 :] = power[n + 1 :].mean() * DOWN_RIDGE
-        try:
-            factor = torch.linalg.cholesky((moments + torch.diag(ridge)).double())
-        except torch.linalg.LinAlgError:
-            raise TrainingError(f"layer {self.layer}: its values are no numbers; is the model whole?") from None
-        found = torch.cholesky_solve(targets.double(), factor)
-        left = size - (2 * (found * targets).sum() - (found * (moments @ found.float())).sum())
-        self._add(ffn, found, factor)
+        if not bool(torch.isfinite(moments).all() & torch.isfinite(targets).all()):
+            raise TrainingError(f"layer {self.layer}: its values are no numbers; is the model whole?")
+        factor, info = torch.linalg.cholesky_ex((moments + torch.diag(ridge)).double())
+        while bool(info != 0):  # rounding made it indefinite
+            ridge = ridge * 10
+            factor, info = torch.linalg.cholesky_ex((moments + torch.diag(ridge)).double())
+        change = self._add(ffn, torch.cholesky_solve(targets.double(), factor), factor)
+        left = size - (2 * (change * targets).sum() - (change * (moments.double() @ change)).sum())
         return float(left / size)
 
-    def _add(self, ffn: Ffn, found: Tensor, factor: Tensor) -> None:
+    def _add(self, ffn: Ffn, found: Tensor, factor: Tensor) -> Tensor:
+        """Put what was found into the layer; returns what of it there was room for."""
         n = self.model.config.n_embd
         if ffn.base is None:
             ffn.own["bypass"] += found[:n].T
             ffn.own["bypass_bias"] += found[n]
             ffn.own["down"] += found[n + 1 :].T
-            return
+            return found
         # Reduced-rank regression: of all maps of this rank, the one that predicts best on these inputs.
-        whole = (ffn.own["bypass.b"] @ ffn.own["bypass.a"]).T.double() + found[:n]
-        root = factor[:n, :n].T
-        left, values, right = torch.linalg.svd(root @ whole, full_matrices=False)
+        before = ffn.matrix("bypass").T.double()
+        root = factor.T
+        left, values, right = torch.linalg.svd(root @ (before + found), full_matrices=False)
         rank = len(ffn.own["bypass.a"])
         size = values[:rank].sqrt()
         inputs = torch.linalg.solve_triangular(root, left[:, :rank], upper=True)
         ffn.own["bypass.a"].copy_((inputs * size).T)
         ffn.own["bypass.b"].copy_(right[:rank].T * size)
+        return ffn.matrix("bypass").T.double() - before
 
     def _norm(self, x: Tensor) -> Tensor:
         return self.model.norm(f"blk.{self.layer}.ffn_norm", x)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..formats.config import ModelConfig
-from ..formats.errors import ParameterError, StorageError
+from ..formats.errors import ParameterError
 from ..formats.gguf import GGUFFile
-from ..formats.section_file import Contents, SectionTensor
+from ..formats.section_file import Contents, SectionTensor, replacing
 from ..formats.types import GGMLType
 from .transpose import encoded
 
@@ -83,9 +81,8 @@ def write(
     """
     from gguf import GGUFWriter
 
-    unfinished = out.with_name(f"{out.name}.part")
-    try:
-        writer = GGUFWriter(unfinished, config.arch)
+    with replacing(out, "name a file that can be written there") as part:
+        writer = GGUFWriter(part, config.arch)
         try:
             writer.data_alignment = source.alignment
             _write_metadata(writer, source, config, kind, floors, notes)
@@ -95,12 +92,6 @@ def write(
                 writer.write_tensor_data(data())
         finally:
             writer.close()
-        os.replace(unfinished, out)
-    except OSError as exc:
-        raise StorageError(f"{out}: {exc.strerror or exc}; name a file that can be written there") from exc
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
 
 
 def _is_ffn(name: str) -> bool:

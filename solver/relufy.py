@@ -6,6 +6,7 @@ so that the student's next-token distribution meets the teacher's while fewer an
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats.config import ModelConfig
-from ..formats.errors import ParameterError
+from ..formats.errors import ParameterError, TrainingError
 from ..formats.gguf import GGUFFile
 from ..formats.pages import forget
 from ..formats.section_file import update_section
@@ -23,7 +24,19 @@ from ..formats.tokenizer import load_tokenizer
 from ..formats.types import GGMLType
 from . import dialogues, relu_adapter, relu_file
 from .corpus import Corpus
-from .relufy_checks import HELD_OUT, MIN_WINDOWS, WINDOW, Effort, Recipe, check, check_model, require_torch, work_folder
+from .relufy_checks import (
+    HELD_OUT,
+    MIN_WINDOWS,
+    WINDOW,
+    Effort,
+    Recipe,
+    check,
+    check_model,
+    check_out,
+    memory,
+    require_torch,
+    work_folder,
+)
 from .work import Work
 
 if TYPE_CHECKING:
@@ -78,19 +91,22 @@ def relufy(
     """
     config = ModelConfig.from_gguf(source)
     check_model(source, config)
-    check(config, corpus, out)
+    check(config, corpus, recipe, effort)
+    check_out(out, [source.path])
     require_torch()
     work = work_folder(out, source, corpus, recipe)
     with work.locked():
         if work.begin():
             say(f"going on with the work kept in {work.folder}")
-        run = _Run(source, config, corpus, recipe, effort, work, say, advance)
+        with memory("the model and what a sweep keeps", "--fit-tokens 16384"):
+            run = _Run(source, config, corpus, recipe, effort, work, say, advance)
         try:
-            report = run.train()
+            with memory("what a sweep keeps", "--fit-tokens 16384, or --low-rank and another file to write"):
+                report = run.train()
+            _write(source, config, out, kind, run.student, _notes(corpus, recipe, effort, report))
         except BaseException:
             run.keep()
             raise
-        _write(source, config, out, kind, run.student, _notes(corpus, recipe, effort, report))
         work.drop()
     return report
 
@@ -142,12 +158,13 @@ class _Run:
         """All stages."""
         text, held_out = self._text()
         self._teacher_perplexity, _ = self.student.evaluate(held_out)
-        self.say(f"teacher: perplexity {self._teacher_perplexity:.2f} on {held_out.numel()} held-out tokens")
+        scored = len(held_out) * (WINDOW - 1 - WINDOW // 2)
+        self.say(f"teacher: perplexity {self._teacher_perplexity:.2f} on {scored} held-out tokens")
         chats = self._dialogues()
         for sweep in range(self.recipe.sweeps):
             self._fit(sweep, text, chats, held_out)
         tokens = self._distil(text, chats, held_out)
-        perplexity, densities = self.student.evaluate(held_out)
+        perplexity, densities = self._say_quality("done", held_out)
         n = 0 if chats is None else len(chats)
         return Report(self._teacher_perplexity, perplexity, densities, n, tokens, self.seconds / 60)
 
@@ -173,25 +190,27 @@ class _Run:
 
     def _dialogues(self) -> Tensor | None:
         """Conversations as windows int64 [n, WINDOW]; None where none are wanted, or the model has no chat template."""
-        start = dialogues.opening(self.source, WINDOW) if self.recipe.chat and self.corpus is not None else None
-        return None if start is None else self._written("dialogues", MAX_DIALOGUES, start, DIALOGUE_TIME)
+        if not self.recipe.chat or self.corpus is None:
+            return None
+        if (start := dialogues.opening(self.source, WINDOW)) is None:
+            self.say("no dialogues: the model has no chat template")
+            return None
+        return self._written("dialogues", MAX_DIALOGUES, start, DIALOGUE_TIME)
 
     def _written(self, name: str, n_windows: int, start: list[int], share: float) -> Tensor:
         """Windows that the teacher writes, as many as there is time for, in rounds that are kept one by one."""
         import torch
 
-        kept = self.work.load(name) or {"windows": torch.zeros(0, WINDOW, dtype=torch.long), "whole": False}
-        windows, n_round = kept["windows"], dialogues.BATCH * torch.get_num_threads()
-        end = self.seconds + share * 60 * (self.effort.minutes or 0)
-        while not kept["whole"]:
-            n = min(n_round, n_windows - len(windows))
-            seed = self.recipe.seed + len(windows)
-            more = dialogues.write(
-                self.student.teacher, start, n, WINDOW, seed, partial(self.advance, f"writing {name}, {len(windows)}+")
-            )
+        kept = self.work.load(name) or {"windows": torch.zeros(0, WINDOW, dtype=torch.long), "began": self.seconds}
+        windows, n_round, least = kept["windows"], dialogues.BATCH * torch.get_num_threads(), MIN_WINDOWS + HELD_OUT
+        while not kept.get("whole"):
+            n, first = min(n_round, n_windows - len(windows)), len(windows) // dialogues.BATCH
+            progress = partial(self.advance, f"writing {name}, {len(windows)}+")
+            more = dialogues.write(self.student.teacher, start, n, WINDOW, self.recipe.seed + first, progress)
             windows = torch.cat([windows, more])
-            enough = self.effort.minutes is not None and self.seconds > end and len(windows) >= MIN_WINDOWS + HELD_OUT
-            kept = {"windows": windows, "whole": enough or len(windows) >= n_windows}
+            took, minutes = self.seconds - kept["began"], self.effort.minutes
+            enough = minutes is not None and took > share * 60 * minutes and len(windows) >= least
+            kept |= {"windows": windows, "whole": enough or len(windows) >= n_windows}
             self._save_seconds(name, kept)
         self.say(f"{name}: the model wrote {len(windows)} windows of {WINDOW} tokens")
         return windows
@@ -202,7 +221,7 @@ class _Run:
         from .student import Ffn
 
         recipe, student = self.recipe, self.student
-        n_layer, n = student.teacher.config.n_layer, recipe.tokens // WINDOW
+        n_layer, n = student.teacher.config.n_layer, recipe.fit_tokens // WINDOW
         kept = [self.work.load(f"sweep-{sweep}-layer-{layer}") for layer in range(n_layer)]
         streams = None if None not in kept else Fitting(student, _mixed(text, chats, sweep * n, n, recipe.chat))
         for layer in range(n_layer):
@@ -236,16 +255,17 @@ class _Run:
         recipe, effort = self.recipe, self.effort
         windows = text if chats is None else torch.cat([text, chats])
         teaching = Teaching(self.student.teacher, windows, len(text), self.work.folder)
-        batch, steps = recipe.batch // WINDOW, None
-        if effort.polish is not None:
-            steps = effort.polish // recipe.batch
-        ubatch = min(batch, max(1, effort.ubatch // WINDOW))
+        batch = recipe.batch_size // WINDOW
+        steps = None if effort.tokens is None else effort.tokens // recipe.batch_size
+        ubatch = min(batch, effort.ubatch_size // WINDOW)
         plan = Plan(effort.density, effort.lr, batch, ubatch, recipe.chat, recipe.seed, steps)
         self._distil_began = self.seconds
         training = Distillation(self.student, teaching, plan, self._time_over)
         if (state := self.work.load("together")) is not None:
             training.load(state)
             self._distil_began = state["began"]
+        elif training.progress >= 1 and effort.minutes is not None:
+            self.say(f"no time was left to train all layers together; --minutes {2 * self.seconds / 60:.0f} has some")
         self._training, saved = training, training.progress
         while training.progress < 1:
             nats, density = training.step()
@@ -253,9 +273,9 @@ class _Run:
             self.advance(f"all layers: {nats:.3f} nats, {density:.1%} active", round(at * 1000), 1000)
             if at >= min(1.0, saved + 1 / SAVES):
                 saved = at
-                self._save(training)
                 self._say_quality(f"all layers, {at:.0%}, step {training.done}", held_out)
-        return training.done * recipe.batch
+                self._save(training)
+        return training.done * recipe.batch_size
 
     def _time_over(self) -> float:
         """The share of the time for all layers together that is over."""
@@ -270,11 +290,20 @@ class _Run:
         self.work.save(name, value)
         self.work.save("seconds", self.seconds)
 
-    def _say_quality(self, stage: str, held_out: Tensor) -> None:
+    def _say_quality(self, stage: str, held_out: Tensor) -> tuple[float, list[float]]:
+        """(perplexity, density by layer); TrainingError where they are no numbers."""
         perplexity, densities = self.student.evaluate(held_out)
+        if not math.isfinite(perplexity):
+            if self._training is not None:
+                self._training.whole = False  # what was kept last is better
+            raise TrainingError(
+                f"{stage}: held-out perplexity is {perplexity}; run the same command with a lower --lr "
+                f"(it was {self.effort.lr:g}) to go on from what was kept last"
+            )
         mean, ratio = sum(densities) / len(densities), perplexity / self._teacher_perplexity
         quality = f"held-out perplexity {perplexity:.2f}, {ratio:.3f} x the teacher's"
         self.say(f"{stage}: {mean:.1%} active, {quality} ({self.seconds / 60:.0f} min)")
+        return perplexity, densities
 
 
 def _write(
@@ -318,7 +347,7 @@ def _mixed(windows: Tensor, dialogues: Tensor | None, start: int, n: int, chat: 
 def _notes(corpus: Corpus | None, recipe: Recipe, effort: Effort, report: Report) -> dict[str, Any]:
     """What the file says of its making."""
     name = "text of the model's own" if corpus is None else corpus.name
-    made = f"{report.tokens} tokens in {report.minutes:.0f} minutes after a fit on {recipe.tokens} tokens"
+    made = f"{report.tokens} tokens in {report.minutes:.0f} minutes after a fit on {recipe.fit_tokens} tokens"
     if report.n_dialogues:
         made += f"; {recipe.chat:.0%} of them dialogues of the model's own"
     return {

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..formats.config import ModelConfig
-from ..formats.errors import ParameterError, StorageError, UnsupportedError
+from ..formats.errors import ParameterError, StorageError, TrainingError, UnsupportedError
 from ..formats.gguf import GGUFFile
 from ..formats.section_layout import sidecar_path
 from . import relu_file
@@ -28,56 +29,61 @@ WHOLE_LR, LOW_RANK_LR = 3e-4, 1e-3
 class Recipe:
     """What to make; kept work is only taken up for the same one.
 
-    tokens: of the fit of each sweep through the layers; chat: share of conversations that the model writes itself;
-    batch: tokens of a step of all layers together; low_rank: rank of the updates, 0 trains whole matrices.
+    fit_tokens: of each sweep through the layers; chat: share of conversations that the model writes itself;
+    batch_size: tokens of a step of all layers together; low_rank: rank of the updates, 0 trains whole matrices.
     """
 
-    tokens: int = 32768
+    fit_tokens: int = 32768
     sweeps: int = 1
     chat: float = 0.33
-    batch: int = 2048
+    batch_size: int = 2048
     low_rank: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         least = MIN_WINDOWS * WINDOW
-        lows = {"tokens": least, "sweeps": 1, "batch": WINDOW, "low_rank": 0, "seed": 0}
+        lows = {"fit_tokens": least, "sweeps": 1, "batch_size": WINDOW, "low_rank": 0, "seed": 0}
         for name, low in lows.items():
             if (got := getattr(self, name)) < low:
                 raise ParameterError(f"{name}: got {got}, wanted at least {low}")
         if not 0.0 <= self.chat <= 0.9:
             raise ParameterError(f"chat: got {self.chat}, wanted 0 to 0.9")
+        _whole_windows("batch_size", self.batch_size)
 
 
 @dataclass(frozen=True)
 class Effort:
     """How far to go; may change when kept work is taken up.
 
-    density: mean share of active neurons to reach; minutes: for everything, or polish: tokens of all layers together (0
-    leaves that out), which gives the same file again; lr: the highest of that training; ubatch: tokens in memory at
-    once; checkpointing: compute blocks twice instead of keeping what they make.
+    density: mean share of active neurons to reach; minutes: for everything, or tokens: of all layers together (0 leaves
+    that out); lr: the highest of that training; ubatch_size: tokens in memory at once; checkpointing: compute blocks
+    twice instead of keeping what they make.
     """
 
     density: float = 0.3
     minutes: float | None = 90.0
-    polish: int | None = None
+    tokens: int | None = None
     lr: float = WHOLE_LR
-    ubatch: int = 2048
+    ubatch_size: int = 2048
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.density <= 1.0:
             raise ParameterError(f"density: got {self.density}, wanted 0.01 to 1")
-        if (self.minutes is None) == (self.polish is None):
-            raise ParameterError("minutes, polish: got both or neither, wanted one of them")
+        if (self.minutes is None) == (self.tokens is None):
+            raise ParameterError("minutes, tokens: got both or neither, wanted one of them")
         if self.minutes is not None and not 0 < self.minutes < 1e6:
             raise ParameterError(f"minutes: got {self.minutes}, wanted more than 0")
-        if self.polish is not None and self.polish < 0:
-            raise ParameterError(f"polish: got {self.polish}, wanted at least 0")
+        if self.tokens is not None and self.tokens < 0:
+            raise ParameterError(f"tokens: got {self.tokens}, wanted at least 0")
         if not 0 < self.lr < 1:
             raise ParameterError(f"lr: got {self.lr}, wanted more than 0 and less than 1")
-        if self.ubatch < WINDOW:
-            raise ParameterError(f"ubatch: got {self.ubatch}, wanted at least {WINDOW}")
+        _whole_windows("ubatch_size", self.ubatch_size)
+
+
+def _whole_windows(name: str, tokens: int) -> None:
+    if tokens < WINDOW or tokens % WINDOW:
+        raise ParameterError(f"{name}: got {tokens}, wanted a multiple of {WINDOW}")
 
 
 def check_model(source: GGUFFile, config: ModelConfig) -> None:
@@ -116,7 +122,18 @@ def check_model(source: GGUFFile, config: ModelConfig) -> None:
             raise UnsupportedError(f"{c.name!r:.60} has {what}: {other}; what applies here: {thresholds}")
 
 
-def check(config: ModelConfig, corpus: Corpus | None, out: Path) -> None:
+def check_out(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise StorageError for a file that cannot be written, or that is one of those read."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise StorageError(f"{out}: {'a folder' if out.is_dir() else 'no such folder'}; name a file to write")
+    for path in inputs:
+        if out.exists() and path.exists() and out.samefile(path):
+            raise StorageError(f"{out}: the file to read, which would be replaced; name another one to write")
+    if (side := sidecar_path(out)).exists():
+        raise StorageError(f"{side}: the section of an earlier {out.name}; delete it, or name another file to write")
+
+
+def check(config: ModelConfig, corpus: Corpus | None, recipe: Recipe, effort: Effort) -> None:
     """Raise what can be raised before hours of work."""
     if config.activation not in TRAINED:
         wanted = " or ".join(TRAINED)
@@ -124,10 +141,24 @@ def check(config: ModelConfig, corpus: Corpus | None, out: Path) -> None:
     least = (MIN_WINDOWS + HELD_OUT) * WINDOW
     if corpus is not None and len(corpus) < least:
         raise ParameterError(f"{corpus.name}: got {len(corpus)} tokens, wanted at least {least}, better 300000")
-    if out.is_dir() or not out.parent.is_dir():
-        raise StorageError(f"{out}: {'a folder' if out.is_dir() else 'no such folder'}; name a file to write")
-    if (side := sidecar_path(out)).exists():
-        raise StorageError(f"{side}: the section of an earlier {out.name}; delete it, or name another file to write")
+    if recipe.low_rank > (most := config.n_embd // 2):
+        raise ParameterError(f"low_rank: got {recipe.low_rank}, wanted at most {most}, half the width of the model")
+    if effort.tokens and effort.tokens < recipe.batch_size:
+        raise ParameterError(f"tokens: got {effort.tokens}, wanted 0 or at least {recipe.batch_size}, one step")
+
+
+@contextmanager
+def memory(what: str, fits: str) -> Iterator[None]:
+    """Tell memory that is out, of PyTorch in all its forms, as a TrainingError that names settings that fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not out and "allocate memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory with {what}; what was kept last is whole: run the same command with {fits}"
+        ) from None
 
 
 def require_torch(n_threads: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,8 @@ class Teaching:
     def __call__(self, which: Tensor) -> tuple[Tensor, Expected]:
         """(ids of these windows, what the teacher expects at all their places), on the teacher's device."""
         device = self.teacher.device
-        new = [i for i in which.tolist() if not self._known[i]]
+        # A power cut may leave the mark on the disk and not what it stands for.
+        new = [i for i in which.tolist() if not (self._known[i] and self._p[i, 0].any())]
         if new:
             ids, p = top_tokens(self.teacher, self.windows[new].to(device), self.top)
             shape = (len(new), -1, self.top)
@@ -61,7 +63,11 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.me
     """A file's array, zero at first; one of another size is made anew."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     there = path.exists() and path.stat().st_size == size
-    return np.memmap(path, dtype, "r+" if there else "w+", shape=shape)
+    array = np.memmap(path, dtype, "r+" if there else "w+", shape=shape)
+    if not there and hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    return array
 
 
 @torch.no_grad()

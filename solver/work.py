@@ -12,8 +12,10 @@ from typing import Any
 
 from ..formats.errors import StorageError
 from ..formats.file_lock import alone
+from ..formats.section_file import replacing
 
 _FORMAT = 1
+NO_WORK = ("dtype", "seconds")  # what is kept of a run that made nothing yet
 
 
 class Work:
@@ -34,47 +36,58 @@ class Work:
     def begin(self) -> bool:
         """Make the folder; True if it is there with work of the same settings.
 
-        StorageError where it holds work of other settings: hours may be in it.
+        StorageError where it holds work of other settings, or what they were cannot be read: hours may be in it.
         """
         note = self.folder / "settings.json"
-        try:
-            if any(self.folder.glob("*.pt")):
-                if (kept := json.loads(note.read_text(encoding="utf-8"))) == self.settings:
-                    return True
-                other = ", ".join(key for key in self.settings | kept if self.settings.get(key) != kept.get(key))
+        if any(path.stem not in NO_WORK for path in self.folder.glob("*.pt")):
+            try:
+                kept = dict(json.loads(note.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as exc:
+                raise StorageError(
+                    f"{note}: cannot be read: {exc}; delete {self.folder}, or name another file"
+                ) from exc
+            other = ", ".join(key for key in self.settings | kept if self.settings.get(key) != kept.get(key))
+            if other:
                 raise StorageError(
                     f"{self.folder}: got work of other settings ({other}), wanted work of these; "
                     f"delete it, or name another file to write"
                 )
-        except (OSError, ValueError):
-            pass
+            return True
         self.drop()
         try:
             self.folder.mkdir()
-            note.write_text(json.dumps(self.settings), encoding="utf-8")
         except OSError as exc:
             raise StorageError(f"{self.folder}: {exc.strerror or exc}; name a file that can be written") from exc
+        with replacing(note, "name a file that can be written") as part:
+            part.write_text(json.dumps(self.settings), encoding="utf-8")
         return False
 
     def load(self, name: str) -> Any:
-        """What `save` kept under this name, or None."""
+        """What `save` kept under this name, in the CPU's memory, or None; StorageError for a damaged file."""
         import torch
 
+        path = self.folder / f"{name}.pt"
         try:
-            return torch.load(self.folder / f"{name}.pt", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
+        except Exception as exc:  # whatever a damaged file makes torch raise
+            raise StorageError(
+                f"{path}: cannot be read ({type(exc).__name__}); delete it to do that part again"
+            ) from exc
 
     def save(self, name: str, value: Any) -> None:
         """Keep tensors and numbers under a name; whole, or not at all."""
         import torch
 
-        partial = self.folder / f"{name}.part"
-        try:
-            torch.save(value, partial)
-            os.replace(partial, self.folder / f"{name}.pt")
-        except (OSError, RuntimeError) as exc:  # a full disk is a RuntimeError of PyTorch's writer
-            raise StorageError(f"{self.folder}: cannot be written: {exc}") from exc
+        with replacing(self.folder / f"{name}.pt", "the work before it is whole") as part:
+            try:
+                with part.open("wb") as file:
+                    torch.save(value, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except RuntimeError as exc:  # a full disk, of PyTorch's writer
+                raise StorageError(f"{self.folder}: cannot be written: {exc}; the work before it is whole") from exc
 
     def drop(self) -> None:
         """Remove the folder, if it is one of ours."""

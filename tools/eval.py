@@ -74,24 +74,30 @@ def evaluate(
         report = library.evaluate(
             paths, teacher, sparsity or (), texts or (), not no_default_text, ctx, chunks, threads, status
         )
-        answers = _answers(report, threads, status) if prompts else []
-        scores = _tasks(report, tasks.split(","), tasks_from, limit, threads, status) if tasks else []
+        status.clear()
+        for line in report.notes:
+            note(line)
+        if not as_json:  # before what may still fail
+            _print(report, ctx)
+            _print_notes(report)
+        if plot is not None:
+            from ..solver.plot import plot_quality
+
+            plot_quality(report, plot)
+            note(f"drawn to {plot}")
+        answers, scores = list[list[str]](), list[dict[str, dict[str, float]]]()
+        try:
+            answers = _answers(report, threads, status) if prompts else []
+            scores = _tasks(report, tasks.split(","), tasks_from, limit, threads, status) if tasks else []
+        finally:
+            status.clear()
+            if as_json:
+                print(json.dumps(_as_json(report, ctx, answers, scores), ensure_ascii=False))
     finally:
         status.clear()
-    for line in report.notes:
-        note(line)
-    if as_json:
-        print(json.dumps(_as_json(report, ctx, answers, scores), ensure_ascii=False))
-    else:
-        _print(report, ctx)
-        _print_notes(report)
+    if not as_json:
         _print_tasks(report, scores)
         _print_answers(report, answers)
-    if plot is not None:
-        from ..solver.plot import plot_quality
-
-        plot_quality(report, plot)
-        note(f"drawn to {plot}")
 
 
 def _answers(report: Report, threads: int | None, status: console.StatusLine) -> list[list[str]]:

@@ -72,21 +72,26 @@ def relufy(
     from ..formats.errors import ParameterError
     from ..formats.gguf import GGUFFile
     from ..formats.tokenizer import load_tokenizer
+    from ..formats.types import GGMLType
     from ..solver import corpus, relu_file
     from ..solver import relufy as library
-    from ..solver.relufy_checks import LOW_RANK_LR, WHOLE_LR, Effort, Recipe, check_model, require_torch
+    from ..solver.relufy_checks import LOW_RANK_LR, WHOLE_LR, Effort, Recipe, check_model, check_out, require_torch
 
     if text not in (None, "self"):
         raise ParameterError(f"--text: got {text!r:.40}, wanted self; files are named without an option")
     if bool(texts) == (text == "self"):
         raise ParameterError("TEXT: got text files and --text self, or neither; wanted one of them")
+    if low_rank and type is not None:
+        raise ParameterError("--type: got it with --low-rank, but an adapter's matrices get theirs when it is merged")
+    rate = (LOW_RANK_LR if low_rank else WHOLE_LR) if lr is None else lr
     recipe = Recipe(fit_tokens, sweeps, chat, batch_size, low_rank, seed)
-    rate = lr or (LOW_RANK_LR if low_rank else WHOLE_LR)
     effort = Effort(density, None if tokens is not None else minutes, tokens, rate, ubatch_size, checkpointing)
-    with GGUFFile(console.find_model(model)) as source:
+    path = console.find_model(model)
+    check_out(out, [path, *(texts or ())])
+    with GGUFFile(path) as source:
         config = ModelConfig.from_gguf(source)
         check_model(source, config)
-        kind = relu_file.choose_type(source, config, type)
+        kind = GGMLType.F32 if low_rank else relu_file.choose_type(source, config, type)
         if type is None and not low_rank and (own := source.tensors["blk.0.ffn_gate.weight"].type) != kind:
             note(f"the new matrices are {kind.name}, as {own.name} would cost quality; --type chooses another")
         require_torch(threads)

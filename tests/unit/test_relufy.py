@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 from typer.testing import CliRunner
 
 from hotcold.formats.config import ModelConfig
-from hotcold.formats.errors import ParameterError, StorageError, UnsupportedError
+from hotcold.formats.errors import ParameterError, StorageError, TrainingError, UnsupportedError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section import find_section
 from hotcold.formats.section_file import update_section
@@ -149,9 +149,12 @@ def test_types(tiny_model: Make) -> None:
 
 @pytest.mark.parametrize(
     "kind, name, value",
-    [(Recipe, "tokens", 100), (Recipe, "sweeps", 0), (Recipe, "seed", -1), (Effort, "density", 0.0)]
-    + [(Effort, "density", 1.5), (Recipe, "chat", -0.1), (Recipe, "chat", 1.0), (Recipe, "low_rank", -1)]
-    + [(Recipe, "batch", 100), (Effort, "minutes", 0.0), (Effort, "lr", 0.0), (Effort, "ubatch", 10)],
+    [
+        *((Recipe, "fit_tokens", 100), (Recipe, "sweeps", 0), (Recipe, "seed", -1), (Recipe, "chat", -0.1)),
+        *((Recipe, "chat", 1.0), (Recipe, "low_rank", -1), (Recipe, "batch_size", 100), (Recipe, "batch_size", 3000)),
+        *((Effort, "density", 0.0), (Effort, "density", 1.5), (Effort, "minutes", 0.0), (Effort, "lr", 0.0)),
+        (Effort, "ubatch_size", 10),
+    ],
 )
 def test_settings_out_of_range(kind: type, name: str, value: Any) -> None:
     with pytest.raises(ParameterError, match=f"{name}: got {value}, wanted"):
@@ -160,26 +163,48 @@ def test_settings_out_of_range(kind: type, name: str, value: Any) -> None:
 
 def test_an_effort_is_a_time_or_a_number_of_tokens() -> None:
     with pytest.raises(ParameterError, match="both or neither"):
-        Effort(minutes=5.0, polish=2048)
-    with pytest.raises(ParameterError, match="polish: got -1"):
-        Effort(minutes=None, polish=-1)
+        Effort(minutes=5.0, tokens=2048)
+    with pytest.raises(ParameterError, match="tokens: got -1"):
+        Effort(minutes=None, tokens=-1)
 
 
 def test_what_cannot_be_done_is_said_first(tiny_model: Make, tmp_path: Path) -> None:
+    effort = Effort()
     with GGUFFile(tiny_model()) as file, GGUFFile(tiny_model(metadata={"llama.hidden_activation": "relu"})) as relu:
         config, out = ModelConfig.from_gguf(file), tmp_path / "out.gguf"
-        relufy_checks.check(config, corpus(N_TOKENS), out)
+        relufy_checks.check(config, corpus(N_TOKENS), Recipe(), effort)
         with pytest.raises(UnsupportedError, match="relu already"):
-            relufy_checks.check(ModelConfig.from_gguf(relu), corpus(N_TOKENS), out)
+            relufy_checks.check(ModelConfig.from_gguf(relu), corpus(N_TOKENS), Recipe(), effort)
     with pytest.raises(ParameterError, match=f"text.txt: got {N_TOKENS - 1} tokens, wanted at least {N_TOKENS}"):
-        relufy_checks.check(config, corpus(N_TOKENS - 1), out)
+        relufy_checks.check(config, corpus(N_TOKENS - 1), Recipe(), effort)
+    with pytest.raises(ParameterError, match=f"low_rank: got 500, wanted at most {config.n_embd // 2}"):
+        relufy_checks.check(config, None, Recipe(low_rank=500), effort)
+    with pytest.raises(ParameterError, match="tokens: got 100, wanted 0 or at least 2048"):
+        relufy_checks.check(config, None, Recipe(), Effort(minutes=None, tokens=100))
+    relufy_checks.check_out(out, [tiny_model()])
     with pytest.raises(StorageError, match="a folder"):
-        relufy_checks.check(config, corpus(N_TOKENS), tmp_path)
+        relufy_checks.check_out(tmp_path, [])
     with pytest.raises(StorageError, match="no such folder"):
-        relufy_checks.check(config, corpus(N_TOKENS), tmp_path / "no" / "out.gguf")
+        relufy_checks.check_out(tmp_path / "no" / "out.gguf", [])
+    text = tmp_path / "text.txt"
+    text.touch()
+    with pytest.raises(StorageError, match="the file to read, which would be replaced"):
+        relufy_checks.check_out(tmp_path / "." / "text.txt", [tiny_model(), text])
     (tmp_path / "hotcold-out.gguf").touch()
     with pytest.raises(StorageError, match="hotcold-out.gguf: the section of an earlier out.gguf"):
-        relufy_checks.check(config, corpus(N_TOKENS), out)
+        relufy_checks.check_out(out, [])
+
+
+def test_memory_errors_are_told() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """As PyTorch's."""
+
+    for error in (MemoryError(), OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(TrainingError, match="out of memory with all of it; .* with --less"):
+            with relufy_checks.memory("all of it", "--less"):
+                raise error
+    with pytest.raises(RuntimeError, match="another"), relufy_checks.memory("", ""):
+        raise RuntimeError("another")
 
 
 def test_work_is_kept_and_only_taken_up_for_equal_settings(tiny_model: Make, tmp_path: Path) -> None:
@@ -193,6 +218,7 @@ def test_work_is_kept_and_only_taken_up_for_equal_settings(tiny_model: Make, tmp
 
     folder, text, recipe = tmp_path / "out.gguf.relufy", corpus(N_TOKENS), Recipe()
     assert not begin(tiny_model(), text, Recipe(seed=7))
+    (folder / "dtype.pt").write_bytes(b"chosen")
     assert not begin(tiny_model(), text, recipe)  # nothing was done for the other yet
     (folder / "layer-0.pt").write_bytes(b"trained")
     for other in (
@@ -204,6 +230,9 @@ def test_work_is_kept_and_only_taken_up_for_equal_settings(tiny_model: Make, tmp
         with pytest.raises(StorageError, match=r"out.gguf.relufy: .* of other settings.*; delete it, or name another"):
             begin(*other)
     assert begin(tiny_model(), text, recipe)
+    (folder / "settings.json").write_text("{", encoding="utf-8")
+    with pytest.raises(StorageError, match="settings.json: cannot be read"):
+        begin(tiny_model(), text, recipe)
     assert (folder / "layer-0.pt").read_bytes() == b"trained"
 
 
