@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -263,7 +263,8 @@ def _texts(
             raise ParameterError(f"{read.name}: got {len(read)} tokens, wanted at least one window of {n_ctx} (-c)")
         windows = [window.tolist() for window in read.windows(n_ctx)]
         taken = {CONVERSATIONS, *(text.name for text in texts)}
-        name = next(name for name in (read.name, *(f"{read.name} ({n})" for n in count(2))) if name not in taken)
+        names = chain([read.name], (f"{read.name} ({n})" for n in count(2)))
+        name = next(name for name in names if name not in taken)
         texts.append(Text(name, [window for window in windows if len(window) == n_ctx]))
     if start is None:
         if not texts:

@@ -22,7 +22,7 @@ from hotcold.formats.section_file import Contents, SectionTensor, update_section
 from hotcold.formats.tokenizer import load_tokenizer
 from hotcold.formats.types import GGMLType
 from hotcold.solver import conversations
-from hotcold.solver.evaluate import Report, Row, evaluate
+from hotcold.solver.evaluate import CONVERSATIONS, Report, Row, _texts, evaluate
 from hotcold.tools.cli import app
 
 N_CTX, N_LAYER, N_EMBD, N_FF, RANK = 32, 2, 64, 96, 32
@@ -306,3 +306,14 @@ def test_bad_input(tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.Mo
         done = invoke(*settings[:5], *(settings[5:] if "--text" not in arguments else ()), *arguments)
         errors = [line for line in done.stderr.splitlines() if line.startswith("hotcold: error: ")]
         assert done.exit_code == 1 and len(errors) == 1 and message in errors[0], (arguments, done.output)
+
+
+def test_every_text_has_a_name_of_its_own(tiny_model: MakeModel, tmp_path: Path) -> None:
+    files = [tmp_path / folder / name for folder in ("a", "b") for name in ("x.txt", CONVERSATIONS)]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("the hello world and a cat " * 40, encoding="utf-8")
+    path = tiny_model(chat_template=None)
+    texts, _ = _texts(path, files, False, 32, 1, 1, lambda line: None)
+    own = CONVERSATIONS
+    assert [text.name for text in texts] == ["x.txt", f"{own} (2)", "x.txt (2)", f"{own} (3)"]
