@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..formats.errors import TrainingError
 from .relufy_checks import memory
@@ -25,16 +24,13 @@ SLOPE_END = 0.6  # of the training, from where on the density wanted is the last
 class Plan:
     """How to train. density: to reach; lr: the highest; batch: windows of a step, ubatch: of those in memory at once.
 
-    chat: share of dialogues, where the text ends with some; steps: how many; None: as many as `progress` allows, which
-    says what share of the time is over.
+    steps: how many; None: as many as `progress` allows, which says what share of the time is over.
     """
 
     density: float
     lr: float
     batch: int
     ubatch: int
-    chat: float
-    seed: int
     steps: int | None = None
 
 
@@ -51,9 +47,6 @@ class Distillation:
         self.parameters = [tensor.requires_grad_(True) for ffn in student.ffns for tensor in ffn.tensors()]
         self.optimizer = torch.optim.AdamW(self.parameters, plan.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.done, self.share, self.start, self.whole = 0, -1.0, -1.0, True
-        n, n_text = len(teaching.windows), teaching.n_text
-        self._chat = plan.batch * plan.chat if n > n_text else 0.0
-        self._text, self._dialogues = _Deck(0, n_text, plan.seed), _Deck(n_text, n - n_text, plan.seed)
 
     @property
     def progress(self) -> float:
@@ -75,7 +68,7 @@ class Distillation:
         plan, loss, share, least = self.plan, 0.0, 0.0, torch.zeros(())
         pressure = 2 * PRESSURE * max(0.0, self.share - self.target()) if self.share >= 0 else 0.0
         with self._memory():
-            for which in self._batch(self.done).split(plan.ubatch):
+            for which in self.teaching.pool.draw(self.done * plan.batch, plan.batch).split(plan.ubatch):
                 part = len(which) / plan.batch
                 ids, expected = self.teaching(which)
                 normed, soft, density, lowest = self.student.forward(ids)
@@ -127,37 +120,10 @@ class Distillation:
                 mine.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _batch(self, number: int) -> Tensor:
-        """The windows of a step; dialogues as often as their share says, over the steps."""
-        first, last = (math.floor(step * self._chat + 1e-9) for step in (number, number + 1))
-        n_text = self.plan.batch - (last - first)
-        return torch.cat([
-            self._text.draw(number * self.plan.batch - first, n_text), self._dialogues.draw(first, last - first)
-        ])  # fmt: skip
-
     def _memory(self) -> AbstractContextManager[None]:
-        tokens = self.plan.ubatch * self.teaching.windows.shape[1]
+        tokens = self.plan.ubatch * self.teaching.pool.windows.shape[1]
         fits = [] if self.student.saving else ["--checkpointing"]
         if self.plan.ubatch > 1:
             fits.append(f"--ubatch-size {tokens // 2}")
         fits.append("--low-rank and another file to write")
         return memory(f"{tokens} tokens at once, at step {self.done + 1}", ", or ".join(fits))
-
-
-class _Deck:
-    """The numbers first ... first + n - 1, shuffled anew after each round; the same seed gives the same ones."""
-
-    def __init__(self, first: int, n: int, seed: int) -> None:
-        self.first, self.n, self.seed = first, n, seed
-        self._round, self._order = -1, torch.zeros(0, dtype=torch.long)
-
-    def draw(self, start: int, count: int) -> Tensor:
-        """`count` numbers from place `start` of the endless row on."""
-        return torch.tensor([self._at(place) for place in range(start, start + count)], dtype=torch.long)
-
-    def _at(self, place: int) -> int:
-        number, at = divmod(place, self.n)
-        if number != self._round:
-            self._round = number
-            self._order = torch.randperm(self.n, generator=torch.Generator().manual_seed(self.seed + number))
-        return self.first + int(self._order[at])

@@ -20,7 +20,7 @@ from ..formats.errors import ParameterError
 from ..formats.gguf import GGUFFile
 from ..formats.section import find_section
 from ..formats.tokenizer import load_tokenizer
-from . import conversations, corpus, dialogues
+from . import conversations, corpus, own_text
 from . import perplexity as estimator
 from .ffn_reads import read_share
 from .neurons import RELUS, Rule
@@ -254,7 +254,7 @@ def _texts(
     progress: Progress,
 ) -> tuple[list[Text], list[str]]:
     with GGUFFile(against) as file:
-        tokenizer, start = load_tokenizer(file), dialogues.opening(file, n_ctx)
+        tokenizer, start = load_tokenizer(file), own_text.opening(file, n_ctx)
         templated = bool(file.metadata.get("tokenizer.chat_template"))
     texts: list[Text] = []
     for paths in [*([path] for path in files), *([[]] if default_text else [])]:

@@ -20,9 +20,9 @@ from ..formats.errors import ParameterError, TrainingError
 from ..formats.gguf import GGUFFile
 from ..formats.pages import forget
 from ..formats.section_file import update_section
-from ..formats.tokenizer import load_tokenizer
 from ..formats.types import GGMLType
-from . import dialogues, relu_adapter, relu_file
+from . import own_text, relu_adapter, relu_file
+from .conversations import TEMPERATURE
 from .corpus import Corpus
 from .relufy_checks import (
     HELD_OUT,
@@ -44,13 +44,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .distill import Distillation
+    from .pool import Pool
     from .student import Student
 
 SAVES = 20  # of the training of all layers together
 RESERVE = 0.03  # of the minutes given, for writing the file
-DIALOGUE_TIME = 0.06  # of the minutes given
-MAX_DIALOGUES = 768  # windows; more are repeated
-SELF_WINDOWS = 2048  # of text that the model writes where none is brought
+OWN_WINDOWS, OWN_TIME = 768, 0.04  # of dialogues and of documents that the model writes itself; more are repeated
+SELF_WINDOWS, SELF_TIME = 2048, 0.25  # where no text is brought; the times are shares of the minutes given
+DOCUMENT_TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,6 @@ class Report:
     teacher_perplexity: float
     perplexity: float
     densities: list[float]  # by layer
-    n_dialogues: int  # windows that the model wrote itself
     tokens: int  # that all layers were trained on together, repeated ones included
     minutes: float  # of work, without interruptions
 
@@ -160,53 +160,53 @@ class _Run:
         self._teacher_perplexity, _ = self.student.evaluate(held_out)
         scored = len(held_out) * (WINDOW - 1 - WINDOW // 2)
         self.say(f"teacher: perplexity {self._teacher_perplexity:.2f} on {scored} held-out tokens")
-        chats = self._dialogues()
+        pool = self._pool(text)
         for sweep in range(self.recipe.sweeps):
-            self._fit(sweep, text, chats, held_out)
-        tokens = self._distil(text, chats, held_out)
+            self._fit(sweep, pool, held_out)
+        tokens = self._distil(pool, held_out)
         perplexity, densities = self._say_quality("done", held_out)
-        n = 0 if chats is None else len(chats)
-        return Report(self._teacher_perplexity, perplexity, densities, n, tokens, self.seconds / 60)
+        return Report(self._teacher_perplexity, perplexity, densities, tokens, self.seconds / 60)
 
     def _text(self) -> tuple[Tensor, Tensor]:
         """(windows to train on, windows held out), int64 [n, WINDOW]."""
         import torch
 
         if self.corpus is None:
-            written = self._written("text", SELF_WINDOWS, self._opening(), 0.3)
+            start = own_text.document_start(self.source)
+            if start is None:
+                raise ParameterError("text: got self, but the model has no token that begins a text; wanted text files")
+            written = self._written("text", SELF_WINDOWS, start, DOCUMENT_TEMPERATURE, SELF_TIME)
             return written[HELD_OUT:], written[:HELD_OUT]
         windows = torch.from_numpy(_windows(self.corpus, self.recipe.seed)).long()
         return windows[HELD_OUT:], windows[:HELD_OUT]
 
-    def _opening(self) -> list[int]:
-        """What text of the model's own begins with: that of its chats, or what begins or ends its documents."""
-        if (start := dialogues.opening(self.source, WINDOW)) is not None:
-            return start
-        tokenizer = load_tokenizer(self.source)
-        first = [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None]
-        if not first:
-            raise ParameterError("text: got self, but the model has no token that begins a text; wanted text files")
-        return first[:1]
+    def _pool(self, text: Tensor) -> Pool:
+        """The text, and what the model writes itself."""
+        from .pool import Pool
 
-    def _dialogues(self) -> Tensor | None:
-        """Conversations as windows int64 [n, WINDOW]; None where none are wanted, or the model has no chat template."""
-        if not self.recipe.chat or self.corpus is None:
-            return None
-        if (start := dialogues.opening(self.source, WINDOW)) is None:
-            self.say("no dialogues: the model has no chat template")
-            return None
-        return self._written("dialogues", MAX_DIALOGUES, start, DIALOGUE_TIME)
+        kinds, n = [(text, 1.0)], OWN_WINDOWS
+        starts = {"dialogues": own_text.opening(self.source, WINDOW), "documents": own_text.document_start(self.source)}
+        shares = {"dialogues": self.recipe.chat, "documents": 0.0 if self.corpus is None else self.recipe.own}
+        temperatures = {"dialogues": TEMPERATURE, "documents": DOCUMENT_TEMPERATURE}
+        for name, start in starts.items():
+            if shares[name] and start is None:
+                what = "chat template" if name == "dialogues" else "token that begins a text"
+                self.say(f"no {name}: the model has no {what}")
+            elif shares[name] and start is not None:
+                kinds.append((self._written(name, n, start, temperatures[name], OWN_TIME), shares[name]))
+        return Pool(kinds, self.recipe.seed)
 
-    def _written(self, name: str, n_windows: int, start: list[int], share: float) -> Tensor:
+    def _written(self, name: str, n_windows: int, start: list[int], temperature: float, share: float) -> Tensor:
         """Windows that the teacher writes, as many as there is time for, in rounds that are kept one by one."""
         import torch
 
         kept = self.work.load(name) or {"windows": torch.zeros(0, WINDOW, dtype=torch.long), "began": self.seconds}
-        windows, n_round, least = kept["windows"], dialogues.BATCH * torch.get_num_threads(), MIN_WINDOWS + HELD_OUT
+        windows, n_round, least = kept["windows"], own_text.BATCH * torch.get_num_threads(), MIN_WINDOWS + HELD_OUT
         while not kept.get("whole"):
-            n, first = min(n_round, n_windows - len(windows)), len(windows) // dialogues.BATCH
+            n, first = min(n_round, n_windows - len(windows)), len(windows) // own_text.BATCH
             progress = partial(self.advance, f"writing {name}, {len(windows)}+")
-            more = dialogues.write(self.student.teacher, start, n, WINDOW, self.recipe.seed + first, progress)
+            seed = self.recipe.seed + first
+            more = own_text.write(self.student.teacher, start, n, WINDOW, temperature, seed, progress)
             windows = torch.cat([windows, more])
             took, minutes = self.seconds - kept["began"], self.effort.minutes
             enough = minutes is not None and took > share * 60 * minutes and len(windows) >= least
@@ -215,7 +215,7 @@ class _Run:
         self.say(f"{name}: the model wrote {len(windows)} windows of {WINDOW} tokens")
         return windows
 
-    def _fit(self, sweep: int, text: Tensor, chats: Tensor | None, held_out: Tensor) -> None:
+    def _fit(self, sweep: int, pool: Pool, held_out: Tensor) -> None:
         """Fit layer after layer; those that are kept already are only walked through."""
         from .fit import Fitting
         from .student import Ffn
@@ -223,7 +223,7 @@ class _Run:
         recipe, student = self.recipe, self.student
         n_layer, n = student.teacher.config.n_layer, recipe.fit_tokens // WINDOW
         kept = [self.work.load(f"sweep-{sweep}-layer-{layer}") for layer in range(n_layer)]
-        streams = None if None not in kept else Fitting(student, _mixed(text, chats, sweep * n, n, recipe.chat))
+        streams = None if None not in kept else Fitting(student, pool.windows[pool.draw(sweep * n, n)])
         for layer in range(n_layer):
             what = f"sweep {sweep + 1} of {recipe.sweeps}, layer {layer}"
             self.advance(what, layer, n_layer)
@@ -245,20 +245,18 @@ class _Run:
         if streams is not None:
             self._say_quality(f"sweep {sweep + 1} of {recipe.sweeps}", held_out)
 
-    def _distil(self, text: Tensor, chats: Tensor | None, held_out: Tensor) -> int:
+    def _distil(self, pool: Pool, held_out: Tensor) -> int:
         """Train all layers together, keeping the work some twenty times on the way; returns the tokens trained on."""
-        import torch
 
         from .distill import Distillation, Plan
         from .top_tokens import Teaching
 
         recipe, effort = self.recipe, self.effort
-        windows = text if chats is None else torch.cat([text, chats])
-        teaching = Teaching(self.student.teacher, windows, len(text), self.work.folder)
+        teaching = Teaching(self.student.teacher, pool, self.work.folder)
         batch = recipe.batch_size // WINDOW
         steps = None if effort.tokens is None else effort.tokens // recipe.batch_size
         ubatch = min(batch, effort.ubatch_size // WINDOW)
-        plan = Plan(effort.density, effort.lr, batch, ubatch, recipe.chat, recipe.seed, steps)
+        plan = Plan(effort.density, effort.lr, batch, ubatch, steps)
         self._distil_began = self.seconds
         training = Distillation(self.student, teaching, plan, self._time_over)
         if (state := self.work.load("together")) is not None:
@@ -333,23 +331,10 @@ def _windows(corpus: Corpus, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(windows)
 
 
-def _mixed(windows: Tensor, dialogues: Tensor | None, start: int, n: int, chat: float) -> Tensor:
-    """`n` windows: the share `chat` of dialogues, the rest text from number `start` on; both begin again at the end."""
-    import torch
-
-    n_chat = 0 if dialogues is None else round(n * chat)
-    parts = [windows[torch.arange(start, start + n - n_chat) % len(windows)]]
-    if dialogues is not None:
-        parts.append(dialogues[torch.arange(n_chat) % len(dialogues)])
-    return torch.cat(parts)
-
-
 def _notes(corpus: Corpus | None, recipe: Recipe, effort: Effort, report: Report) -> dict[str, Any]:
     """What the file says of its making."""
     name = "text of the model's own" if corpus is None else corpus.name
     made = f"{report.tokens} tokens in {report.minutes:.0f} minutes after a fit on {recipe.fit_tokens} tokens"
-    if report.n_dialogues:
-        made += f"; {recipe.chat:.0%} of them dialogues of the model's own"
     return {
         "general.description": f"FFNs retrained with ReLU by hotcold relufy on {name}: {made}",
         "hotcold.relufy.texts": name.split(", "),

@@ -29,13 +29,15 @@ WHOLE_LR, LOW_RANK_LR = 3e-4, 1e-3
 class Recipe:
     """What to make; kept work is only taken up for the same one.
 
-    fit_tokens: of each sweep through the layers; chat: share of conversations that the model writes itself;
-    batch_size: tokens of a step of all layers together; low_rank: rank of the updates, 0 trains whole matrices.
+    fit_tokens: of each sweep through the layers; chat, own: shares of conversations and of documents that the model
+    writes itself; batch_size: tokens of a step of all layers together; low_rank: rank of the updates, 0 trains whole
+    matrices.
     """
 
     fit_tokens: int = 32768
     sweeps: int = 1
-    chat: float = 0.33
+    chat: float = 0.25
+    own: float = 0.25
     batch_size: int = 2048
     low_rank: int = 0
     seed: int = 0
@@ -46,8 +48,11 @@ class Recipe:
         for name, low in lows.items():
             if (got := getattr(self, name)) < low:
                 raise ParameterError(f"{name}: got {got}, wanted at least {low}")
-        if not 0.0 <= self.chat <= 0.9:
-            raise ParameterError(f"chat: got {self.chat}, wanted 0 to 0.9")
+        for name in ("chat", "own"):
+            if not 0.0 <= (got_share := getattr(self, name)) <= 0.9:
+                raise ParameterError(f"{name}: got {got_share}, wanted 0 to 0.9")
+        if self.chat + self.own > 0.9:
+            raise ParameterError(f"chat and own: got {self.chat + self.own:g} together, wanted at most 0.9")
         _whole_windows("batch_size", self.batch_size)
 
 

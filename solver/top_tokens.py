@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..formats.errors import StorageError
+from .pool import Pool
 from .torch_model import TorchModel
 
 TOP = 64  # tokens; of 135M models they hold nine tenths of the probability
@@ -28,16 +29,15 @@ class Expected:
 
 
 class Teaching:
-    """Windows int64 [n, n_tokens] and, by window, what the teacher expects; kept in `folder` as it is asked.
+    """The windows of a pool and, by window, what the teacher expects; kept in `folder` as it is asked.
 
-    n_text: how many of them come first and are text; the others are dialogues. StorageError where the folder has no
-    room: 6 bytes a token and top token.
+    StorageError where the folder has no room: 6 bytes a token and top token.
     """
 
-    def __init__(self, teacher: TorchModel, windows: Tensor, n_text: int, folder: Path) -> None:
-        self.teacher, self.windows, self.n_text = teacher, windows, n_text
+    def __init__(self, teacher: TorchModel, pool: Pool, folder: Path) -> None:
+        self.teacher, self.pool = teacher, pool
         self.top = min(TOP, teacher.config.n_vocab)
-        shape = (*windows.shape, self.top)
+        shape = (*pool.windows.shape, self.top)
         try:
             self._ids = _array(folder / "top-ids.bin", np.int32, shape)
             self._p = _array(folder / "top-p.bin", np.float16, shape)
@@ -51,12 +51,12 @@ class Teaching:
         # A power cut may leave the mark on the disk and not what it stands for.
         new = [i for i in which.tolist() if not (self._known[i] and self._p[i, 0].any())]
         if new:
-            ids, p = top_tokens(self.teacher, self.windows[new].to(device), self.top)
+            ids, p = top_tokens(self.teacher, self.pool.windows[new].to(device), self.top)
             shape = (len(new), -1, self.top)
             self._ids[new], self._p[new] = ids.view(shape).int().cpu().numpy(), p.view(shape).half().cpu().numpy()
             self._known[new] = 1
         ids, p = (torch.from_numpy(np.array(kept[which.numpy()])).to(device) for kept in (self._ids, self._p))
-        return self.windows[which].to(device), Expected(ids.flatten(0, 1).long(), p.flatten(0, 1).float())
+        return self.pool.windows[which].to(device), Expected(ids.flatten(0, 1).long(), p.flatten(0, 1).float())
 
 
 def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:

@@ -35,6 +35,7 @@ LowRank = Annotated[
 Sweeps = Annotated[int, typer.Option("--sweeps", metavar="N", help="Passes through the layers, one by one.")]
 FitTokens = Annotated[int, typer.Option("--fit-tokens", metavar="N", help="Tokens of each of these passes.")]
 Chat = Annotated[float, typer.Option("--chat", metavar="S", help="Share of dialogues that the model writes itself.")]
+Own = Annotated[float, typer.Option("--own", metavar="S", help="Share of documents that the model writes itself.")]
 Rate = Annotated[
     float | None, typer.Option("--lr", metavar="X", help="Highest learning rate [3e-4, or 1e-3 with --low-rank].")
 ]
@@ -58,7 +59,8 @@ def relufy(
     low_rank: LowRank = 0,
     sweeps: Sweeps = 1,
     fit_tokens: FitTokens = 32768,
-    chat: Chat = 0.33,
+    chat: Chat = 0.25,
+    own: Own = 0.25,
     lr: Rate = None,
     batch_size: Batch = 2048,
     ubatch_size: Ubatch = 2048,
@@ -84,7 +86,7 @@ def relufy(
     if low_rank and type is not None:
         raise ParameterError("--type: got it with --low-rank, but an adapter's matrices get theirs when it is merged")
     rate = (LOW_RANK_LR if low_rank else WHOLE_LR) if lr is None else lr
-    recipe = Recipe(fit_tokens, sweeps, chat, batch_size, low_rank, seed)
+    recipe = Recipe(fit_tokens, sweeps, chat, own, batch_size, low_rank, seed)
     effort = Effort(density, None if tokens is not None else minutes, tokens, rate, ubatch_size, checkpointing)
     path = console.find_model(model)
     check_out(out, [path, *(texts or ())])

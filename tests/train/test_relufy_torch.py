@@ -20,7 +20,7 @@ from hotcold.formats.lora import Adapter
 from hotcold.formats.section import find_section
 from hotcold.formats.tokenizer import load_tokenizer
 from hotcold.formats.types import GGMLType
-from hotcold.solver import dialogues, relufy
+from hotcold.solver import own_text, relufy
 from hotcold.solver.corpus import Corpus
 from hotcold.tools.cli import app
 
@@ -29,6 +29,7 @@ torch = pytest.importorskip("torch")
 from hotcold.solver import distill, relu_file, relufy_checks, torch_model  # noqa: E402
 from hotcold.solver.distill import Distillation, Plan  # noqa: E402
 from hotcold.solver.fit import Fitting  # noqa: E402
+from hotcold.solver.pool import Pool  # noqa: E402
 from hotcold.solver.relufy_checks import Effort, Recipe  # noqa: E402
 from hotcold.solver.student import Ffn, Student  # noqa: E402
 from hotcold.solver.top_tokens import Expected, Teaching, divergence  # noqa: E402
@@ -163,11 +164,10 @@ def test_checkpointing_changes_no_gradient(tiny_model: Make) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dialogues_are_what_the_model_says(tiny_model: Make, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+def test_dialogues_are_what_the_model_says(tiny_model: Make, family: str) -> None:
     """At a temperature near zero, each token is the one that the whole window's forward pass has on top."""
-    monkeypatch.setattr(dialogues, "TEMPERATURE", 1e-6)
     model = load(tiny_model(**FAMILIES[family]))
-    (window,) = dialogues.write(model, IDS[:4], 1, 40, 0, lambda done, total: None)
+    (window,) = own_text.write(model, IDS[:4], 1, 40, 1e-6, 0, lambda done, total: None)
     with torch.no_grad():
         top = (model.forward(window[None])[0] @ model.head().T).argmax(-1)
     assert window[:4].tolist() == IDS[:4]
@@ -175,9 +175,9 @@ def test_dialogues_are_what_the_model_says(tiny_model: Make, monkeypatch: pytest
 
 
 def test_dialogues_are_many_and_the_same_for_a_seed(tiny_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dialogues, "BATCH", 2)
+    monkeypatch.setattr(own_text, "BATCH", 2)
     model = load(tiny_model())
-    first, again, other = (dialogues.write(model, IDS[:4], 5, 20, seed, lambda d, t: None) for seed in (0, 0, 9))
+    first, again, other = (own_text.write(model, IDS[:4], 5, 20, 1.0, seed, lambda d, t: None) for seed in (0, 0, 9))
     assert first.shape == (5, 20)
     assert len({tuple(window) for window in first.tolist()}) == 5
     assert torch.equal(first, again)
@@ -187,15 +187,34 @@ def test_dialogues_are_many_and_the_same_for_a_seed(tiny_model: Make, monkeypatc
 def test_the_opening_of_a_chat(tiny_model: Make) -> None:
     with GGUFFile(tiny_model()) as chat, GGUFFile(tiny_model(chat_template=None)) as plain:
         tokenizer = load_tokenizer(chat)
-        assert dialogues.opening(chat, 256) == tokenizer.encode("<|im_start|>user\n", special=True)
-        assert dialogues.opening(chat, 4) is None
-        assert dialogues.opening(plain, 256) is None
+        assert own_text.opening(chat, 256) == tokenizer.encode("<|im_start|>user\n", special=True)
+        assert own_text.opening(chat, 4) is None
+        assert own_text.opening(plain, 256) is None
 
 
-def test_windows_are_mixed() -> None:
-    windows, written = torch.arange(10)[:, None], torch.tensor([[100], [101]])
-    assert relufy._mixed(windows, written, 8, 8, 0.5).flatten().tolist() == [8, 9, 0, 1, 100, 101, 100, 101]
-    assert relufy._mixed(windows, None, 3, 4, 0.5).flatten().tolist() == [3, 4, 5, 6]
+def test_documents_begin_as_the_model_has_it(tiny_model: Make) -> None:
+    with GGUFFile(tiny_model()) as file:
+        tokenizer = load_tokenizer(file)
+        (start,) = own_text.document_start(file) or []
+        assert start in (tokenizer.encode("<|endoftext|>", special=True)[0], tokenizer.bos_id, tokenizer.eos_id)
+
+
+def test_kinds_of_text_are_mixed_by_their_shares() -> None:
+    kinds = [(torch.arange(n)[:, None], share) for n, share in ((10, 1.0), (7, 0.25), (3, 0.3))]
+    pool = Pool(kinds, 3)
+    assert len(pool.windows) == 20
+    whole = pool.draw(0, 400)
+    pieces = [pool.draw(place, 8) for place in range(0, 400, 8)]
+    assert sorted(torch.cat(pieces).tolist()) == sorted(whole.tolist())
+    for first, n, share in ((0, 10, 0.45), (10, 7, 0.25), (17, 3, 0.3)):
+        drawn = [number for number in whole.tolist() if first <= number < first + n]
+        assert len(drawn) == pytest.approx(400 * share, abs=1)
+        rounds = [drawn[i : i + n] for i in range(0, len(drawn) - n, n)]
+        assert all(sorted(row) == list(range(first, first + n)) for row in rounds)
+        assert any(row != rounds[0] for row in rounds)
+    assert max(sum(number >= 10 for number in piece.tolist()) for piece in pieces) <= 6
+    assert Pool(kinds, 3).draw(80, 8).tolist() == pieces[10].tolist()
+    assert Pool(kinds, 4).draw(80, 8).tolist() != pieces[10].tolist()
 
 
 @pytest.mark.parametrize("top", [3, 40])
@@ -220,14 +239,14 @@ def test_divergence_and_its_gradient(top: int) -> None:
 
 def test_the_teacher_is_asked_once(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = load(tiny_model()), torch.tensor([IDS, IDS[::-1], IDS])
-    first = Teaching(model, windows, 3, tmp_path)
+    first = Teaching(model, Pool([(windows, 1.0)], 0), tmp_path)
     ids, expected = first(torch.tensor([1, 0]))
     assert ids.tolist() == [IDS[::-1], IDS]
     with torch.no_grad():
         p = (model.forward(ids).flatten(0, 1) @ model.head().T).softmax(-1)
     torch.testing.assert_close(expected.p, p.gather(1, expected.ids), rtol=2e-3, atol=1e-6)
     assert (p.topk(expected.p.shape[1]).values.sum(1) - expected.p.sum(1)).abs().max() < 1e-3
-    again = Teaching(model, windows, 3, tmp_path)
+    again = Teaching(model, Pool([(windows, 1.0)], 0), tmp_path)
     monkeypatch.setattr(model, "forward", lambda ids: pytest.fail("asked again"))
     for got, wanted in zip(again(torch.tensor([1, 0]))[1:], (expected,), strict=True):
         assert torch.equal(got.ids, wanted.ids) and torch.equal(got.p, wanted.p)
@@ -237,10 +256,14 @@ def steps_of_text() -> torch.Tensor:
     return torch.from_numpy(text().ids.reshape(-1, relufy_checks.WINDOW)).long()
 
 
+def pool_of_text(share: float = 0.0) -> Pool:
+    """The share comes from the last quarter of it."""
+    windows = steps_of_text()
+    return Pool([(windows[:60], 1.0), (windows[60:], share)] if share else [(windows, 1.0)], 0)
+
+
 def plan(**changes: Any) -> Plan:
-    return Plan(
-        **({"density": 0.3, "lr": 2e-3, "batch": 8, "ubatch": 8, "chat": 0.0, "seed": 0, "steps": 60} | changes)
-    )
+    return Plan(**({"density": 0.3, "lr": 2e-3, "batch": 8, "ubatch": 8, "steps": 60} | changes))
 
 
 def test_a_fit_leaves_less_than_what_relu_leaves_out(tiny_model: Make) -> None:
@@ -287,7 +310,7 @@ def test_a_low_rank_fit_is_the_best_of_its_rank(tiny_model: Make) -> None:
 def test_all_layers_learn_and_get_sparser(tiny_model: Make, tmp_path: Path) -> None:
     model = load(tiny_model(), relufy_checks.WINDOW)
     student = Student(model, [Ffn.whole(model, layer) for layer in range(model.config.n_layer)])
-    teaching = Teaching(model, steps_of_text(), 80, tmp_path)
+    teaching = Teaching(model, pool_of_text(), tmp_path)
     learning = Distillation(student, teaching, plan(density=1.0, steps=20))
     found = np.array([learning.step() for _ in range(20)])
     assert found[-5:, 0].mean() < 0.8 * found[:2, 0].mean()
@@ -303,8 +326,8 @@ def test_small_pieces_make_the_same_step(tiny_model: Make, tmp_path: Path) -> No
     def after(ubatch: int) -> tuple[list[torch.Tensor], list[float], tuple[float, float]]:
         model = load(tiny_model(), relufy_checks.WINDOW)
         student = Student(model, [Ffn.whole(model, layer) for layer in range(model.config.n_layer)])
-        teaching = Teaching(model, steps_of_text(), 60, tmp_path)
-        training = Distillation(student, teaching, plan(ubatch=ubatch, chat=0.5, steps=1))
+        teaching = Teaching(model, pool_of_text(0.5), tmp_path)
+        training = Distillation(student, teaching, plan(ubatch=ubatch, steps=1))
         training.share = 0.5  # so that there is a pressure
         found = training.step()
         gradients = [training.optimizer.state[value]["exp_avg"] for value in training.parameters]
@@ -321,7 +344,7 @@ def test_small_pieces_make_the_same_step(tiny_model: Make, tmp_path: Path) -> No
 def test_floors_follow_all_pieces_of_a_batch(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny_model(), relufy_checks.WINDOW)
     student = Student(model, [Ffn.whole(model, layer) for layer in range(model.config.n_layer)])
-    training = Distillation(student, Teaching(model, steps_of_text(), 60, tmp_path), plan(ubatch=2, chat=0.5))
+    training = Distillation(student, Teaching(model, pool_of_text(0.5), tmp_path), plan(ubatch=2))
     forward, lowest = student.forward, []
 
     def watched(ids: torch.Tensor) -> Any:
@@ -336,32 +359,12 @@ def test_floors_follow_all_pieces_of_a_batch(tiny_model: Make, tmp_path: Path, m
     assert wanted == [[pytest.approx(1.5), pytest.approx(1.5)]]
 
 
-def test_dialogues_come_as_often_as_their_share(tiny_model: Make, tmp_path: Path) -> None:
-    model = load(tiny_model(), relufy_checks.WINDOW)
-    student = Student(model, [Ffn.whole(model, 0)])
-    for share, batch in ((0.3, 1), (0.6, 1), (0.33, 8)):
-        training = Distillation(student, Teaching(model, steps_of_text(), 60, tmp_path), plan(chat=share, batch=batch))
-        drawn = torch.cat([training._batch(number) for number in range(60)])
-        assert len(drawn) == 60 * batch
-        assert float((drawn >= 60).float().mean()) == pytest.approx(share, abs=0.02)
-        text = drawn[drawn < 60].tolist()
-        assert max(map(text.count, set(text))) - min(text.count(n) for n in range(60)) <= 1
-
-
-def test_each_window_comes_once_in_a_round() -> None:
-    deck = distill._Deck(10, 7, 3)
-    rows = torch.cat([deck.draw(start, 4) for start in range(0, 28, 4)]).view(4, 7)
-    assert all(sorted(row) == list(range(10, 17)) for row in rows.tolist())
-    assert rows[0].tolist() != rows[1].tolist()
-    assert distill._Deck(10, 7, 3).draw(9, 5).tolist() == rows.flatten()[9:14].tolist()
-
-
 def test_time_takes_the_place_of_steps(tiny_model: Make, tmp_path: Path) -> None:
     model = load(tiny_model(), relufy_checks.WINDOW)
     student = Student(model, [Ffn.whole(model, layer) for layer in range(model.config.n_layer)])
     over = iter([0.0, 0.3, 0.7, 2.0])
     now = [0.0]
-    training = Distillation(student, Teaching(model, steps_of_text(), 80, tmp_path), plan(steps=None), lambda: now[0])
+    training = Distillation(student, Teaching(model, pool_of_text(), tmp_path), plan(steps=None), lambda: now[0])
     targets = []
     for share in over:
         now[0] = share
@@ -373,7 +376,7 @@ def test_time_takes_the_place_of_steps(tiny_model: Make, tmp_path: Path) -> None
 def test_losses_that_are_no_numbers_change_nothing(tiny_model: Make, tmp_path: Path) -> None:
     model = load(tiny_model(), relufy_checks.WINDOW)
     student = Student(model, [Ffn.whole(model, layer) for layer in range(model.config.n_layer)])
-    training = Distillation(student, Teaching(model, steps_of_text(), 80, tmp_path), plan())
+    training = Distillation(student, Teaching(model, pool_of_text(), tmp_path), plan())
     training.step()
     before = [value.detach().clone() for value in training.parameters]
     model.weights["output_norm.weight"][0] = float("nan")
@@ -392,7 +395,7 @@ def test_losses_that_are_no_numbers_change_nothing(tiny_model: Make, tmp_path: P
 def test_memory_that_is_out_says_what_fits(tiny_model: Make, tmp_path: Path, error: Exception) -> None:
     model = load(tiny_model(), relufy_checks.WINDOW)
     student = Student(model, [Ffn.whole(model, layer) for layer in range(model.config.n_layer)])
-    training = Distillation(student, Teaching(model, steps_of_text(), 80, tmp_path), plan(ubatch=4))
+    training = Distillation(student, Teaching(model, pool_of_text(), tmp_path), plan(ubatch=4))
 
     def fail(ids: torch.Tensor) -> None:
         raise error
@@ -430,12 +433,12 @@ def test_interrupted_work_is_taken_up_and_gives_the_same_file(
     tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relufy, "SAVES", 3)  # a state is kept after steps 4, 8 and 10
-    monkeypatch.setattr(relufy, "MAX_DIALOGUES", 96)
+    monkeypatch.setattr(relufy, "OWN_WINDOWS", 96)
     model, whole, pieces = tiny_model(), tmp_path / "whole.gguf", tmp_path / "pieces.gguf"
     said = make(model, whole, sweeps=2)
     fits = [f"sweep {sweep} of 2{layer}" for sweep in (1, 2) for layer in (", layer 0", ", layer 1", "")]
     last = [f"all layers, {share}%, step {n}" for share, n in ((40, 4), (80, 8), (100, 10))]
-    assert stages(said) == ["teacher", "dialogues", *fits, *last, "done"]
+    assert stages(said) == ["teacher", "dialogues", "documents", *fits, *last, "done"]
     assert not (tmp_path / "whole.gguf.relufy").exists()
     stops = (("sweep 1", 2), ("sweep 2", 1), ("sweep 2", 2), ("all layers", 2), ("all layers", 4))
     for stop in stops:
@@ -444,7 +447,7 @@ def test_interrupted_work_is_taken_up_and_gives_the_same_file(
         assert not pieces.exists()
     again = make(model, pieces, sweeps=2)
     assert again[0].startswith("going on with the work kept in")
-    assert stages(again[3:]) == [*last[2:], "done"]  # the interruption itself kept step 6
+    assert stages(again[4:]) == [*last[2:], "done"]  # the interruption itself kept step 6
     with GGUFFile(pieces) as one, GGUFFile(whole) as other:
         assert list(one.tensors) == list(other.tensors)
         for name in one.tensors:
@@ -521,7 +524,6 @@ class Clock:
 
 def test_time_counts_over_interruptions(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pauses do not count, what was done before them does: the share that is over never falls, and ends at 1."""
-    monkeypatch.setattr(relufy, "MAX_DIALOGUES", 0)
     seen: list[int] = []
     stops = iter([3, 5, 10**6])
 
@@ -539,7 +541,7 @@ def test_time_counts_over_interruptions(tiny_model: Make, tmp_path: Path, monkey
                     raise KeyboardInterrupt
 
         with GGUFFile(tiny_model()) as file:
-            recipe, effort = Recipe(fit_tokens=16384, chat=0.0), Effort(minutes=1.5, lr=2e-3)
+            recipe, effort = Recipe(fit_tokens=16384, chat=0.0, own=0.0), Effort(minutes=1.5, lr=2e-3)
             return relufy.relufy(
                 file, text(), tmp_path / "o.gguf", recipe, effort, GGMLType.F32, lambda line: None, advance
             )
@@ -548,7 +550,7 @@ def test_time_counts_over_interruptions(tiny_model: Make, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             run()
     report = run()
-    assert seen == sorted(seen) and seen[-1] == 1000 and len(seen) > 12
+    assert seen == sorted(seen) and seen[-1] == 1000 and len(seen) > 8
     assert report.tokens == len(seen) * 2048
     assert 1.4 < report.minutes < 1.6
 
@@ -558,7 +560,6 @@ def test_a_loss_that_is_no_number_leaves_what_was_kept(
 ) -> None:
     """The state of the last save, from which a lower rate may go another way."""
     monkeypatch.setattr(relufy, "SAVES", 5)  # after steps 2, 4, ...
-    monkeypatch.setattr(relufy, "MAX_DIALOGUES", 0)
     real, calls = distill.divergence, 0
 
     def broken(*arguments: Any) -> Any:
@@ -568,8 +569,8 @@ def test_a_loss_that_is_no_number_leaves_what_was_kept(
 
     monkeypatch.setattr(distill, "divergence", broken)
     with pytest.raises(TrainingError, match="the loss is nan at step 6"):
-        make(tiny_model(), tmp_path / "o.gguf", chat=0.0)
+        make(tiny_model(), tmp_path / "o.gguf", chat=0.0, own=0.0)
     state = torch.load(tmp_path / "o.gguf.relufy" / "together.pt", weights_only=True)
     assert state["done"] == 4
-    said = make(tiny_model(), tmp_path / "o.gguf", chat=0.0)
+    said = make(tiny_model(), tmp_path / "o.gguf", chat=0.0, own=0.0)
     assert said[0].startswith("going on") and said[-1].startswith("done")

@@ -151,7 +151,13 @@ def test_types(tiny_model: Make) -> None:
     "kind, name, value",
     [
         *((Recipe, "fit_tokens", 100), (Recipe, "sweeps", 0), (Recipe, "seed", -1), (Recipe, "chat", -0.1)),
-        *((Recipe, "chat", 1.0), (Recipe, "low_rank", -1), (Recipe, "batch_size", 100), (Recipe, "batch_size", 3000)),
+        *(
+            (Recipe, "chat", 1.0),
+            (Recipe, "own", 1.0),
+            (Recipe, "low_rank", -1),
+            (Recipe, "batch_size", 100),
+            (Recipe, "batch_size", 3000),
+        ),
         *((Effort, "density", 0.0), (Effort, "density", 1.5), (Effort, "minutes", 0.0), (Effort, "lr", 0.0)),
         (Effort, "ubatch_size", 10),
     ],

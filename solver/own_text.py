@@ -1,6 +1,7 @@
-"""Conversations that a chat model writes itself: it is given the opening of its own template, and goes on from there.
+"""Text that a model writes itself: conversations and documents, from what begins them on.
 
-A student that sees only prose in training forgets how to answer. Source of the idea: Magpie (Xu et al. 2024).
+A student that sees only prose in training forgets how to answer, and one that sees one kind of text forgets the others.
+Source of the idea: Magpie (Xu et al. 2024), where a chat model is given the opening of its own template.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ..formats.chat_template import load_template
 from ..formats.errors import TemplateError
 from ..formats.gguf import GGUFFile
 from ..formats.tokenizer import load_tokenizer
-from .conversations import MIN_P, TEMPERATURE
+from .conversations import MIN_P
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .torch_model import TorchModel
 
 BATCH = 64  # windows that a thread writes side by side
+DOCUMENT_STARTS = ("<|endoftext|>", "<|begin_of_text|>", "<s>", "<bos>")
 
 
 def opening(file: GGUFFile, n_ctx: int) -> list[int] | None:
@@ -38,8 +40,26 @@ def opening(file: GGUFFile, n_ctx: int) -> list[int] | None:
     return ids if found and 0 < len(ids) <= n_ctx // 2 else None
 
 
+def document_start(file: GGUFFile) -> list[int] | None:
+    """The id that stands before a document, or None if the model has none.
+
+    A chat model's BOS may be the mark of a turn, so the usual names come first.
+    """
+    tokenizer = load_tokenizer(file)
+    for name in DOCUMENT_STARTS:
+        if len(ids := tokenizer.encode(name, add_bos=False, special=True)) == 1:
+            return ids
+    return next(([id] for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None), None)
+
+
 def write(
-    model: TorchModel, start: list[int], n_windows: int, n_ctx: int, seed: int, progress: Callable[[int, int], None]
+    model: TorchModel,
+    start: list[int],
+    n_windows: int,
+    n_ctx: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int, int], None],
 ) -> Tensor:
     """Windows that begin with `start` and go on as the model has it: int64 [n_windows, n_ctx]; by seed."""
     import torch
@@ -49,7 +69,7 @@ def write(
 
     def work(i: int) -> Tensor:
         written = torch.tensor(start, device=model.device).repeat(sizes[i], 1)
-        for longer in _steps(model, written, n_ctx, torch.Generator().manual_seed(seed + i)):
+        for longer in _steps(model, written, n_ctx, temperature, torch.Generator().manual_seed(seed + i)):
             if stop.is_set():
                 break
             written, done[i] = longer, longer.shape[1]
@@ -70,7 +90,7 @@ def write(
         torch.set_num_threads(n_threads)
 
 
-def _steps(model: TorchModel, ids: Tensor, n_ctx: int, generator: Generator) -> Iterator[Tensor]:
+def _steps(model: TorchModel, ids: Tensor, n_ctx: int, temperature: float, generator: Generator) -> Iterator[Tensor]:
     """The windows so far, longer by a token each time."""
     import torch
 
@@ -90,7 +110,7 @@ def _steps(model: TorchModel, ids: Tensor, n_ctx: int, generator: Generator) -> 
                 x = x + model.ffn(layer, x)
             if at + 1 == ids.shape[1]:
                 logits = (model.norm("output_norm", x[:, 0]) @ model.head().T).float()
-                likely = (logits / TEMPERATURE).softmax(-1)
+                likely = (logits / temperature).softmax(-1)
                 likely[likely < MIN_P * likely.amax(-1, keepdim=True)] = 0
                 shares = likely.cumsum(-1)
                 drawn = torch.rand(n, 1, generator=generator).to(shares.device) * shares[:, -1:]
