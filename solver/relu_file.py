@@ -119,7 +119,8 @@ def _write_metadata(
     }
     if kind.block_size > 1:
         own["general.quantization_version"] = 2
-    replaced = (*own, "general.architecture", "general.alignment", "general.base_model.")
+    floors_key = f"{config.arch}.hidden_activation_threshold"
+    replaced = (*own, floors_key, "general.architecture", "general.alignment", "general.base_model.")
     # Through gguf's reader, which keeps the exact type of each value.
     for name, field in GGUFReader(source.path).fields.items():
         if name.startswith("GGUF.") or name in replaced or name.startswith(replaced[-1]):
@@ -135,8 +136,7 @@ def _write_metadata(
         else:
             writer.add_key_value(name, value, types[type(value)])
     if any(floors):
-        key = f"{config.arch}.hidden_activation_threshold"
-        writer.add_key_value(key, list(floors), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+        writer.add_key_value(floors_key, list(floors), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 
 
 _Tensor = tuple[str, tuple[int, ...], GGMLType, Callable[[], np.ndarray]]  # name, shape (ne order), type, bytes

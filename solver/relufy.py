@@ -165,6 +165,8 @@ class _Run:
             self._fit(sweep, pool, held_out)
         tokens = self._distil(pool, held_out)
         perplexity, densities = self._say_quality("done", held_out)
+        if not self.recipe.low_rank:
+            self.student.put_hot_first(text[: len(held_out)])
         return Report(self._teacher_perplexity, perplexity, densities, tokens, self.seconds / 60)
 
     def _text(self) -> tuple[Tensor, Tensor]:

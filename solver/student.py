@@ -103,9 +103,18 @@ class Ffn:
         some = some[some > 0]
         return torch.quantile(some, CUT) if len(some) else some.new_zeros(())
 
+    def active(self, gate: Tensor) -> Tensor:
+        """Which neurons are active."""
+        return gate >= self.floor if self.floor > 0 else gate > 0
+
     def density(self, gate: Tensor) -> Tensor:
         """The share of active neurons, a number."""
-        return (gate >= self.floor if self.floor > 0 else gate > 0).float().mean()
+        return self.active(gate).float().mean()
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the neurons into another order, which changes nothing else; a base's cannot be moved."""
+        assert self.base is None
+        self.own |= {"gate": self.own["gate"][order], "up": self.own["up"][order], "down": self.own["down"][:, order]}
 
     def soft_density(self, gate: Tensor) -> Tensor:
         """A smooth stand-in for `density`; does not change when gates and floor are scaled."""
@@ -172,6 +181,20 @@ class Student:
             nll.append(torch.from_numpy(self.teacher.nll(outcome.normed, ids)))
             shares.append(outcome.density.cpu().double() * len(ids) / len(windows))
         return math.exp(float(torch.cat(nll).mean())), torch.stack(shares).sum(0).tolist()
+
+    @torch.no_grad()
+    def put_hot_first(self, windows: Tensor) -> None:
+        """Sort each layer's neurons by how often they are active on these windows: rows read together lie together."""
+        counts = [torch.zeros(ffn.own["gate"].shape[0], device=self.teacher.device) for ffn in self.ffns]
+        for ids in windows.split(4):
+            x = self.teacher.embed(ids.to(self.teacher.device))
+            for layer, ffn in enumerate(self.ffns):
+                x = x + self.teacher.attention(layer, x)
+                y, gate = ffn(self.teacher.norm(f"blk.{layer}.ffn_norm", x))
+                counts[layer] += ffn.active(gate).flatten(0, 1).float().sum(0)
+                x = x + y
+        for ffn, count in zip(self.ffns, counts, strict=True):
+            ffn.reorder(count.argsort(descending=True, stable=True))
 
 
 def _matrices(model: TorchModel, layer: int) -> dict[str, Tensor]:

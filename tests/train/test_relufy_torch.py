@@ -147,6 +147,26 @@ def test_low_rank_is_the_whole_of_its_products(tiny_model: Make) -> None:
     np.testing.assert_allclose(logits(thin, IDS), logits(whole, IDS), atol=1e-4)
 
 
+def test_hot_neurons_come_first_and_nothing_else_changes(tiny_model: Make) -> None:
+    student = trained(load(tiny_model()))
+    windows = torch.tensor([IDS, IDS[::-1]])
+    before, gates = logits(student, IDS), [ffn.own["gate"].clone() for ffn in student.ffns]
+    student.put_hot_first(windows)
+    np.testing.assert_allclose(logits(student, IDS), before, rtol=1e-4, atol=1e-5)
+    for layer, ffn in enumerate(student.ffns):
+        assert not torch.equal(ffn.own["gate"], gates[layer])
+        assert sorted(ffn.own["gate"][:, 0].tolist()) == sorted(gates[layer][:, 0].tolist())
+    counts = []
+    x = student.teacher.embed(windows)
+    with torch.no_grad():
+        for layer, ffn in enumerate(student.ffns):
+            x = x + student.teacher.attention(layer, x)
+            y, gate = ffn(student.teacher.norm(f"blk.{layer}.ffn_norm", x))
+            counts.append((gate >= ffn.floor).flatten(0, 1).sum(0).tolist())
+            x = x + y
+    assert all(row == sorted(row, reverse=True) and row[0] > row[-1] for row in counts)
+
+
 def test_checkpointing_changes_no_gradient(tiny_model: Make) -> None:
     def gradients(saving: bool) -> list[torch.Tensor]:
         student = trained(load(tiny_model()))
