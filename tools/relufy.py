@@ -74,7 +74,6 @@ def relufy(
     from ..formats.errors import ParameterError
     from ..formats.gguf import GGUFFile
     from ..formats.tokenizer import load_tokenizer
-    from ..formats.types import GGMLType
     from ..solver import corpus, relu_file
     from ..solver import relufy as library
     from ..solver.relufy_checks import LOW_RANK_LR, WHOLE_LR, Effort, Recipe, check_model, check_out, require_torch
@@ -93,9 +92,9 @@ def relufy(
     with GGUFFile(path) as source:
         config = ModelConfig.from_gguf(source)
         check_model(source, config)
-        kind = GGMLType.F32 if low_rank else relu_file.choose_type(source, config, type)
-        if type is None and not low_rank and (own := source.tensors["blk.0.ffn_gate.weight"].type) != kind:
-            note(f"the new matrices are {kind.name}, as {own.name} would cost quality; --type chooses another")
+        kind = relu_file.choose_type(source, config, "F32" if low_rank else type)
+        if type is None and not low_rank and (before := source.tensors["blk.0.ffn_gate.weight"].type) != kind:
+            note(f"the new matrices are {kind.name}, as {before.name} would cost quality; --type chooses another")
         require_torch(threads)
         brought = corpus.load(texts, load_tokenizer(source)) if texts else None
         with _interruptible(), _progress() as (say, advance):
