@@ -16,6 +16,7 @@ from ..formats.errors import ParameterError
 from ..formats.gguf import GGUFFile
 from ..formats.lora import ACTIVATION, BYPASS, FLOORS, NORM_HASH, Factors, norm_hash
 from ..formats.section_file import replacing
+from .relu_file import add_notes
 
 TYPES = {"F16": np.float16, "F32": np.float32}
 PARTS = {part: f"ffn_{part}.weight" for part in ("gate", "up", "down")} | {"bypass": BYPASS}
@@ -109,9 +110,4 @@ def _write_metadata(
         "general.base_model.count": 1,
         "general.base_model.0.name": config.name,
     }
-    kinds = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
-    for name, value in (own | dict(notes)).items():
-        if isinstance(value, list):
-            writer.add_key_value(name, value, GGUFValueType.ARRAY, GGUFValueType.STRING)
-        else:
-            writer.add_key_value(name, value, kinds[type(value)])
+    add_notes(writer, own | dict(notes))

@@ -94,6 +94,18 @@ def write(
             writer.close()
 
 
+def add_notes(writer: GGUFWriter, notes: Mapping[str, Any]) -> None:
+    """Add str, int, float or lists of str to the metadata."""
+    from gguf import GGUFValueType
+
+    types = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    for name, value in notes.items():
+        if isinstance(value, list):
+            writer.add_key_value(name, value, GGUFValueType.ARRAY, GGUFValueType.STRING)
+        else:
+            writer.add_key_value(name, value, types[type(value)])
+
+
 def _is_ffn(name: str) -> bool:
     return name.startswith("blk.") and name.endswith(tuple(f".ffn_{part}.weight" for part in PARTS))
 
@@ -129,12 +141,7 @@ def _write_metadata(
         writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
     if source.alignment != 32:
         writer.add_custom_alignment(source.alignment)
-    types = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
-    for name, value in own.items():
-        if isinstance(value, list):
-            writer.add_key_value(name, value, GGUFValueType.ARRAY, GGUFValueType.STRING)
-        else:
-            writer.add_key_value(name, value, types[type(value)])
+    add_notes(writer, own)
     if any(floors):
         writer.add_key_value(floors_key, list(floors), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
 

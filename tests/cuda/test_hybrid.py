@@ -90,21 +90,28 @@ def test_an_exact_model_is_the_cpus(relu: Path, where: str) -> None:
     close(run(relu, "exact", placed(where)), run(relu, "exact", None), 1e-4)
 
 
+def tensor(name: str, values: np.ndarray) -> SectionTensor:
+    data = values.astype(np.float32)
+    return SectionTensor(name, values.shape[::-1], GGMLType.F32, lambda: data.view(np.uint8))
+
+
+def random_predictors() -> list[SectionTensor]:
+    """For two layers."""
+    rng = np.random.default_rng(4)
+    return [
+        tensor(f"blk.{layer}.{name}", rng.normal(0, 1, shape))
+        for layer in range(2)
+        for name, shape in (
+            ("ffn_pred_a.weight", (32, 32)), ("ffn_pred_b.weight", (N_FF, 32)), ("ffn_pred_cut", (N_FF,))
+        )
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def with_section(folder: Path, relu: Path) -> Path:
     """The ReLU model with thresholds and predictors of random weights, that choose about half of the neurons."""
-    rng = np.random.default_rng(4)
-    found: list[SectionTensor] = []
-
-    def add(name: str, values: np.ndarray) -> None:
-        data = values.astype(np.float32)
-        found.append(SectionTensor(name, values.shape[::-1], GGMLType.F32, lambda: data.view(np.uint8)))
-
-    for layer in range(2):
-        add(f"blk.{layer}.ffn_pred_a.weight", rng.normal(0, 1, (32, 32)))
-        add(f"blk.{layer}.ffn_pred_b.weight", rng.normal(0, 1, (N_FF, 32)))
-        add(f"blk.{layer}.ffn_pred_cut", rng.normal(0, 1, N_FF))
-    add("ffn_thresholds", np.array([[0.05, 0.1]]))
+    found = random_predictors()
+    found.append(tensor("ffn_thresholds", np.array([[0.05, 0.1]])))
     about = {"hotcold.predictor.kind": "relu", "hotcold.predictor.input": "ffn_norm"}
     path = Path(shutil.copy(relu, folder / "section.gguf"))
     update_section(path, Contents({**about, "hotcold.threshold.densities": [0.5]}, found))
@@ -124,17 +131,7 @@ def with_bypass(folder: Path) -> Path:
     """A ReLU model with a bypass, floors by layer, and predictors that look at the residual before it was added to."""
     meta = {"llama.hidden_activation": "relu"}
     path = tiny.make_tiny_model(folder / "bypass.gguf", metadata=meta, bypass=True, floors=(0.05, 0.2), seed=3, **SIZES)
-    rng = np.random.default_rng(4)
-    found: list[SectionTensor] = []
-
-    def add(name: str, values: np.ndarray) -> None:
-        data = values.astype(np.float32)
-        found.append(SectionTensor(name, values.shape[::-1], GGMLType.F32, lambda: data.view(np.uint8)))
-
-    for layer in range(2):
-        add(f"blk.{layer}.ffn_pred_a.weight", rng.normal(0, 1, (32, 32)))
-        add(f"blk.{layer}.ffn_pred_b.weight", rng.normal(0, 1, (N_FF, 32)))
-        add(f"blk.{layer}.ffn_pred_cut", rng.normal(0, 1, N_FF))
+    found = random_predictors()
     update_section(path, Contents({"hotcold.predictor.kind": "relu", "hotcold.predictor.input": "residual"}, found))
     return path
 
