@@ -186,16 +186,16 @@ class _Run:
         """The text, and what the model writes itself."""
         from .pool import Pool
 
-        kinds, n = [(text, 1.0)], OWN_WINDOWS
-        starts = {"dialogues": own_text.opening(self.source, WINDOW), "documents": own_text.document_start(self.source)}
-        shares = {"dialogues": self.recipe.chat, "documents": 0.0 if self.corpus is None else self.recipe.own}
-        temperatures = {"dialogues": TEMPERATURE, "documents": DOCUMENT_TEMPERATURE}
-        for name, start in starts.items():
-            if shares[name] and start is None:
-                what = "chat template" if name == "dialogues" else "token that begins a text"
-                self.say(f"no {name}: the model has no {what}")
-            elif shares[name] and start is not None:
-                kinds.append((self._written(name, n, start, temperatures[name], OWN_TIME), shares[name]))
+        recipe, source, kinds = self.recipe, self.source, [(text, 1.0)]
+        dialogues = ("dialogues", recipe.chat, own_text.opening(source, WINDOW), "chat template", TEMPERATURE)
+        own = 0.0 if self.corpus is None else recipe.own
+        start = own_text.document_start(source)
+        documents = ("documents", own, start, "token that begins a text", DOCUMENT_TEMPERATURE)
+        for name, share, begins, beginning, temperature in (dialogues, documents):
+            if share and begins is None:
+                self.say(f"no {name}: the model has no {beginning}")
+            elif share and begins is not None:
+                kinds.append((self._written(name, OWN_WINDOWS, begins, temperature, OWN_TIME), share))
         return Pool(kinds, self.recipe.seed)
 
     def _written(self, name: str, n_windows: int, start: list[int], temperature: float, share: float) -> Tensor:
@@ -249,7 +249,6 @@ class _Run:
 
     def _distil(self, pool: Pool, held_out: Tensor) -> int:
         """Train all layers together, keeping the work some twenty times on the way; returns the tokens trained on."""
-
         from .distill import Distillation, Plan
         from .top_tokens import Teaching
 

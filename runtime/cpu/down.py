@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import AddParts, Choice, Down, Step
+from .listed import fetch_first, fetch_row
 from .loads import (
     f16_at,
     f32_at,
@@ -29,6 +30,8 @@ from .simd import concat, fma, hsum, less, nibbles_to_f32, part, splat_f32, spre
 from .tape import finish, take
 from .vector import LANES
 from .weights import FLOAT, PLAIN, SUPER, Plain, Super, inline
+
+_lanes = LANES
 
 
 def _add_floats(name: str) -> Any:
@@ -177,6 +180,18 @@ def build(family: str, variant: str) -> Any:
     return _add_parts() if family == "add_parts" else _down(variant)
 
 
+@inline
+def clear(p, n):
+    """n floats become 0."""
+    i = 0
+    while i + _lanes <= n:
+        store(p + i * 4, splat_f32(0.0, _lanes))
+        i += _lanes
+    while i < n:
+        put_f32(p + i * 4, 0.0)
+        i += 1
+
+
 def _down(variant: str) -> Any:
     args_of, step_of, choice_of = Down, Step, Choice
     four = variant in PLAIN
@@ -186,11 +201,6 @@ def _down(variant: str) -> Any:
         add = add_four = _add_super(SUPER[variant])
     else:
         add = add_four = _add_floats(variant)
-
-    @inline
-    def fetch(p, n_bytes):
-        for i in range(0, n_bytes, 64):
-            prefetch(p + i, 64)
 
     def down(args, step, ith, turn):
         n_tok = i64_at(step + step_of.n_tok)
@@ -205,9 +215,9 @@ def _down(variant: str) -> Any:
             if c < 0:
                 break
             sums = out + c * n_tok * n * 4
-            for i in range(n_tok * n):
-                put_f32(sums + i * 4, 0.0)
+            clear(sums, n_tok * n)
             i, end = count * c // parts, count * (c + 1) // parts
+            fetch_first(w, row_bytes, listed, i, end, ahead)
             if four:
                 while i + 4 <= end:
                     p0 = w + i32_at(listed + i * 4) * row_bytes
@@ -226,7 +236,7 @@ def _down(variant: str) -> Any:
                     i += 4
             while i < end:
                 p = w + i32_at(listed + i * 4) * row_bytes
-                fetch(w + i32_at(listed + min(i + ahead, end - 1) * 4) * row_bytes, row_bytes)
+                fetch_row(w + i32_at(listed + min(i + ahead, end - 1) * 4) * row_bytes, row_bytes)
                 for t in range(n_tok):
                     value = f32_at(h + t * h_stride + i * 4)
                     if value != 0.0:

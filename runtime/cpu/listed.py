@@ -12,13 +12,27 @@ from typing import Any
 
 import numpy as np
 
-from .loads import f16_at, f32_at, load_f32, load_i8, prefetch, spaced_f16, splat_f16
+from .loads import f16_at, f32_at, i32_at, load_f32, load_i8, prefetch, spaced_f16, splat_f16
 from .simd import fma, hsum, part, splat_f32, splat_i32, spread, to_f32
 from .tiles import dot4
 from .vector import WIDE
 from .weights import Plain, inline
 
 ROWS = 4  # rows at a time
+
+
+@inline
+def fetch_row(p, n_bytes):
+    """Ask for a row."""
+    for i in range(0, n_bytes, 64):
+        prefetch(p + i, 64)
+
+
+@inline
+def fetch_first(w, row_bytes, listed, first, end, ahead):
+    """Ask for the rows that a part of the list begins with, before the first is wanted."""
+    for i in range(first, min(first + ahead, end)):
+        fetch_row(w + i32_at(listed + i * 4) * row_bytes, row_bytes)
 
 
 def four_rows(t: Plain) -> Any:

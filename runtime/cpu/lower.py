@@ -37,7 +37,7 @@ from .lower_experts import Mixture, routing
 
 def rows_ahead(row_bytes: int) -> int:
     """How many listed rows ahead to fetch: enough to wait for memory, and few enough to stay in the thread's chunk."""
-    return max(min(8, (16 << 10) // row_bytes), (8 << 10) // row_bytes, 1)
+    return max(min(8, (16 << 10) // row_bytes), (4 << 10) // row_bytes, 1)
 
 
 class _Lowering:
@@ -298,7 +298,7 @@ class _Lowering:
             k=info.shape[0],
             row_bytes=info.row_size,
             out_stride=info.n_rows,
-            parts=self.n_threads * 4,
+            parts=self.n_threads * 2,
             ahead=rows_ahead(info.row_size),
             **self.listed(node),
             **packed,

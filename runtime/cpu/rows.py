@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .layout import Choice, Rows, Step
-from .listed import ROWS, four_rows
+from .listed import ROWS, fetch_first, four_rows
 from .loads import f32_at, f64_at, i32_at, i64_at, prefetch, put_f32, store
 from .pack import neuron
 from .products import product
@@ -78,6 +78,7 @@ def _by_fours(kind: str) -> Any:
         listed, ahead = i64_at(args + args_of.list), i64_at(args + args_of.ahead)
         xq, xd, xs = i64_at(args + args_of.xq), i64_at(args + args_of.xd), i64_at(args + args_of.xs)
         last = end - 1
+        fetch_first(w, row_bytes, listed, first, end, ahead)
         for i in range(first, end, together):
             r0, r1 = i32_at(listed + i * 4), i32_at(listed + min(i + 1, last) * 4)
             r2, r3 = i32_at(listed + min(i + 2, last) * 4), i32_at(listed + min(i + 3, last) * 4)
