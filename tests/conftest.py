@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tiny import make_tiny_model
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Kernels that tests compile stay in pytest's cache folder: compiled once, and not among the user's own.
 
-    Numba asks for its simulator when it is first imported, which is later.
+    Numba asks for its simulator when it is first imported, which is later. Hypothesis makes the same examples in each run,
+    and a slow one is no failure.
     """
+    settings.register_profile("hotcold", derandomize=True, deadline=None)
+    settings.load_profile("hotcold")
     if not os.environ.get("HOTCOLD_TEST_GPU"):
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     # A run in the background of a shell begins with Ctrl-C ignored, and some tests press it.

@@ -124,7 +124,7 @@ def test_large_models_come_near_the_bound(sparse: bool, share: float) -> None:
     assert problem.capacity * 0.95 < nbytes(problem, found.choice) <= problem.capacity
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 8), st.floats(0, 1.2), st.booleans())
 def test_no_placement_exceeds_its_budget(seed: int, n_layer: int, n_groups: int, share: float, steps: bool) -> None:
     problem = random_problem(np.random.default_rng(seed), n_layer, n_groups)

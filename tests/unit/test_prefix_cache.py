@@ -224,8 +224,8 @@ class WithGPU(Machine):
     copyable = False
 
 
-Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-WithGPU.TestCase.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
+WithGPU.TestCase.settings = settings(max_examples=30, stateful_step_count=40)
 TestCopyable = Machine.TestCase
 TestWithGPU = WithGPU.TestCase
 

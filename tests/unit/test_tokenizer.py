@@ -284,7 +284,7 @@ def _stand_ins(char: str) -> list[str]:
     return [piece for piece, _ in ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(char)]
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_round_trip(bpe: Tokenizer, spm: Tokenizer, text: str) -> None:
     ids = bpe.encode(text)
@@ -294,7 +294,7 @@ def test_round_trip(bpe: Tokenizer, spm: Tokenizer, text: str) -> None:
     assert spm.decode(ids) == "".join(stream(spm, ids)) == text.replace("▁", " ")
 
 
-@settings(derandomize=True, max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 622)), st.booleans(), st.booleans())
 def test_decode_is_the_stream_joined(bpe: Tokenizer, spm: Tokenizer, ids: list[int], special: bool, more: bool) -> None:
     for tokenizer in (bpe, spm):
@@ -449,7 +449,7 @@ ODD = st.one_of(
 
 
 @pytest.mark.parametrize("kind", ["bpe_keys", "spm_keys"])
-@settings(derandomize=True, max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_odd_metadata_loads_or_is_refused(kind: str, bpe_keys: Keys, spm_keys: Keys, data: st.DataObject) -> None:
     keys = dict(bpe_keys if kind == "bpe_keys" else spm_keys)

@@ -161,7 +161,7 @@ def test_the_garbage_collector_may_ask_in_the_midst() -> None:
     assert turn.acquire(blocking=False)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 2)), max_size=8), min_size=2, max_size=6))
 def test_nobody_is_forgotten_and_nobody_alone_is_two(plans: list[list[tuple[bool, int]]]) -> None:
     """Threads that take it, waiting or not, and give way in between: a count that only the turn guards is right."""
