@@ -18,7 +18,9 @@ from typing import Any
 import llvmlite.binding as llvm
 from numba import types
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
 
 from . import isa
 from .jit import environment
@@ -58,6 +60,30 @@ OPTIONS = {
 }
 
 
+class _Library(JITCodeLibrary):
+    """A function's LLVM module as Numba writes it: optimised and made machine code once, as part of a whole kernel.
+
+    Numba does both for each function, as it could be called by itself: nearly half of the time of a compilation.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_specific(self) -> None:
+        pass
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+
+class _Codegen(JITCPUCodegen):
+    _library_class = _Library
+
+    def set_env(self, env_name: str, env: object) -> None:
+        """Nothing runs here."""
+
+
 def build(name: str) -> tuple[Any, Any]:
     """The Python function and Numba signature of a kernel named `family` or `family:variant`."""
     family, _, variant = name.partition(":")
@@ -79,9 +105,10 @@ def to_module(name: str) -> Any:
     for symbol in (*module.functions, *module.global_variables):
         if not symbol.is_declaration:
             symbol.linkage = "external" if symbol.name == SYMBOL else "internal"
-    passes = llvm.create_new_module_pass_manager()
-    passes.add_global_dead_code_eliminate_pass()
-    passes.run(module, llvm.create_pass_builder(_machine(), llvm.create_pipeline_tuning_options(3)))
+    tuning = llvm.create_pipeline_tuning_options(3)
+    tuning.loop_vectorization, tuning.slp_vectorization = True, False  # as Numba has them
+    builder = llvm.create_pass_builder(_machine(), tuning)
+    builder.getModulePassManager().run(module, builder)
     return module
 
 
@@ -135,6 +162,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(subprocess.run(command, env=environment(isa.choose())).returncode)
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    cpu_target.target_context._internal_codegen = _Codegen("hotcold")
     if arguments[0] == "--asm":
         print(assembly(arguments[1]))
         return
