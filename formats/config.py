@@ -399,7 +399,8 @@ class _Reader:
 def _refuse_other_kinds(file: GGUFFile) -> None:
     kind = file.get("general.type", "model", str)
     if kind != "model":
-        raise UnsupportedError(f"{file.path}: a file of type {show(kind)} is not a model that can be run")
+        instead = "; --lora adds it to the one that it was made for" if kind == "adapter" else ""
+        raise UnsupportedError(f"{file.path}: a file of type {show(kind)} is not a model that can be run{instead}")
     parts = file.get("split.count", 1, int)
     if parts > 1:
         raise UnsupportedError(f"{file.path}: one of {parts} parts of a split model; merge them first")

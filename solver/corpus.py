@@ -73,6 +73,8 @@ def _read(paths: Sequence[Path], limit: int | None) -> str:
         try:
             with path.open(encoding="utf-8", errors="replace") as file:
                 parts.append(file.read(left))
+            if "\ufffd" in parts[-1]:
+                warnings.warn(f"{path}: not all of it is UTF-8; what is not was read as U+FFFD", stacklevel=3)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ParameterError(f"{path}: cannot be read: {reason}; wanted a UTF-8 text file") from None

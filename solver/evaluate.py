@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..formats.config import ModelConfig
-from ..formats.errors import ParameterError
+from ..formats.errors import FormatError, ParameterError
 from ..formats.gguf import GGUFFile
 from ..formats.section import find_section
 from ..formats.tokenizer import load_tokenizer
@@ -163,6 +163,9 @@ def measure(engines: Sequence[Engine], text: Text, advance: Callable[[], object]
         layers = (engine.usage - earlier).layers
         densities = np.ones(engine.config.n_layer) if layers is None else layers[1] / np.maximum(1, layers[0])
         own, paired, n = tally.own, tally.paired, tally.own.count
+        if not np.isfinite([own.ppl, paired.ppl, tally.kl]).all():
+            mode = "dense" if engine.plan is None else str(engine.plan.sparsity)
+            raise FormatError(engine.file.path, f"logits on {text.name} ({mode})", "no numbers", "finite ones")
         found.append(
             Score(
                 n, own.ppl, own.error, paired.ppl, paired.error, max(0.0, tally.kl / n), tally.same / n,

@@ -15,6 +15,8 @@ from .student import Ffn, Student
 BYPASS_RIDGE = 1e-3  # of the mean square of the inputs
 DOWN_RIDGE = 1.0  # of the mean square of the neurons
 CHUNK = 4096  # rows
+LEAST = 1e-30  # ridge, where all inputs or all neurons are zero
+TRIES = 30  # of a larger ridge
 
 
 class Fitting:
@@ -68,13 +70,17 @@ class Fitting:
             ridge[n + 1 :] = power[n + 1 :].mean() * DOWN_RIDGE
         if not bool(torch.isfinite(moments).all() & torch.isfinite(targets).all()):
             raise TrainingError(f"layer {self.layer}: its values are no numbers; is the model whole?")
-        factor, info = torch.linalg.cholesky_ex((moments + torch.diag(ridge)).double())
-        while bool(info != 0):  # rounding made it indefinite
-            ridge = ridge * 10
+        ridge.clamp_min_(LEAST)
+        for _ in range(TRIES):
             factor, info = torch.linalg.cholesky_ex((moments + torch.diag(ridge)).double())
+            if not bool(info):
+                break
+            ridge *= 10  # rounding made it indefinite
+        else:
+            raise TrainingError(f"layer {self.layer}: its inputs cannot be told apart; is the model whole?")
         change = self._add(ffn, torch.cholesky_solve(targets.double(), factor), factor)
         left = size - (2 * (change * targets).sum() - (change * (moments.double() @ change)).sum())
-        return float(left / size)
+        return float(left / size.clamp_min(LEAST))
 
     def _add(self, ffn: Ffn, found: Tensor, factor: Tensor) -> Tensor:
         """Put what was found into the layer; returns what of it there was room for."""

@@ -15,6 +15,7 @@ from ..formats.chat_template import load_template
 from ..formats.errors import TemplateError
 from ..formats.gguf import GGUFFile
 from ..formats.tokenizer import load_tokenizer
+from ..runtime.memory import available_bytes
 from .conversations import MIN_P
 
 if TYPE_CHECKING:
@@ -52,6 +53,18 @@ def document_start(file: GGUFFile) -> list[int] | None:
     return next(([id] for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None), None)
 
 
+def writers(model: TorchModel) -> int:
+    """How many batches are written at once: one on a GPU, else one a thread, if their keys and values have room."""
+    import torch
+
+    c = model.config
+    if model.device.type != "cpu":
+        return 1
+    cache = BATCH * len(model.cos) * c.n_layer * c.n_head_kv * (c.head_dim_k + c.head_dim_v) * model.dtype.itemsize
+    room = available_bytes()
+    return max(1, min(torch.get_num_threads(), torch.get_num_threads() if room is None else room // 2 // cache))
+
+
 def write(
     model: TorchModel,
     start: list[int],
@@ -66,6 +79,7 @@ def write(
 
     sizes = [min(BATCH, n_windows - begin) for begin in range(0, n_windows, BATCH)]
     done, stop, n_threads = [0] * len(sizes), threading.Event(), torch.get_num_threads()
+    n_writers = writers(model)
 
     def work(i: int) -> Tensor:
         written = torch.tensor(start, device=model.device).repeat(sizes[i], 1)
@@ -78,7 +92,7 @@ def write(
     # A step's many small products would spend their time waiting for one another's threads: one thread a batch.
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(n_threads) as pool:
+        with ThreadPoolExecutor(n_writers) as pool:
             try:
                 batches = [pool.submit(work, i) for i in range(len(sizes))]
                 while wait(batches, timeout=0.5).not_done:

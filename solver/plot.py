@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..formats.errors import StorageError, UnsupportedError
+from ..formats.errors import ParameterError, StorageError, UnsupportedError
 from .profile import MOST, cdf, statistics
 
 if TYPE_CHECKING:
@@ -91,6 +91,19 @@ def plot_placement(placed: Placed, name: str, path: Path) -> None:
     right.invert_yaxis()
     right.set_title("predicted tokens a second", fontsize=9)
     _write(figure, path)
+
+
+def check(path: Path) -> None:
+    """Raise what would keep a picture from being written, before what it is to show is measured."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise UnsupportedError(_NEEDED) from None
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if (ending := path.suffix.removeprefix(".").lower()) not in formats:
+        raise ParameterError(f"--plot: got {ending or 'no ending'!r:.20}, wanted one of {', '.join(sorted(formats))}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise StorageError(f"{path}: {'a folder' if path.is_dir() else 'no such folder'}; name a file to write")
 
 
 def plot_quality(report: Report, path: Path) -> None:

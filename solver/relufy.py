@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -98,11 +97,10 @@ def relufy(
     with work.locked():
         if work.begin():
             say(f"going on with the work kept in {work.folder}")
-        with memory("the model and what a sweep keeps", "--fit-tokens 16384"):
+        with memory("the weights in PyTorch", "more of it, or for a smaller model"):
             run = _Run(source, config, corpus, recipe, effort, work, say, advance)
         try:
-            with memory("what a sweep keeps", "--fit-tokens 16384, or --low-rank and another file to write"):
-                report = run.train()
+            report = run.train()
             _write(source, config, out, kind, run.student, _notes(corpus, recipe, effort, report))
         except BaseException:
             run.keep()
@@ -149,20 +147,26 @@ class _Run:
 
     def keep(self) -> None:
         """Keep what is not kept yet; after an interruption there may be some steps."""
-        with suppress(Exception):  # the error that brought us here is the one to tell
+        try:
             if self._training is not None and self._training.whole:
                 self._save(self._training)
             self.work.save("seconds", self.seconds)
+        except Exception as error:  # the one that brought us here is the one to raise
+            self.say(f"the last steps could not be kept: {error}")
 
     def train(self) -> Report:
         """All stages."""
         text, held_out = self._text()
+        self._check_room(text)
         self._teacher_perplexity, _ = self.student.evaluate(held_out)
         scored = len(held_out) * (WINDOW - 1 - WINDOW // 2)
         self.say(f"teacher: perplexity {self._teacher_perplexity:.2f} on {scored} held-out tokens")
         pool = self._pool(text)
-        for sweep in range(self.recipe.sweeps):
-            self._fit(sweep, pool, held_out)
+        fit_tokens = self.recipe.fit_tokens
+        fits = f"--fit-tokens {least}" if fit_tokens > (least := MIN_WINDOWS * WINDOW) else "--low-rank"
+        with memory(f"what a sweep keeps of {fit_tokens} tokens", f"{fits} and another file to write"):
+            for sweep in range(self.recipe.sweeps):
+                self._fit(sweep, pool, held_out)
         tokens = self._distil(pool, held_out)
         perplexity, densities = self._say_quality("done", held_out)
         if not self.recipe.low_rank:
@@ -181,6 +185,13 @@ class _Run:
             return written[HELD_OUT:], written[:HELD_OUT]
         windows = torch.from_numpy(_windows(self.corpus, self.recipe.seed)).long()
         return windows[HELD_OUT:], windows[:HELD_OUT]
+
+    def _check_room(self, text: Tensor) -> None:
+        from .top_tokens import check_room
+
+        kinds = (self.recipe.chat > 0) + (self.recipe.own > 0 and self.corpus is not None)
+        if self.effort.tokens != 0:
+            check_room(self.work.folder, (len(text) + kinds * OWN_WINDOWS) * WINDOW)
 
     def _pool(self, text: Tensor) -> Pool:
         """The text, and what the model writes itself."""
@@ -203,7 +214,8 @@ class _Run:
         import torch
 
         kept = self.work.load(name) or {"windows": torch.zeros(0, WINDOW, dtype=torch.long), "began": self.seconds}
-        windows, n_round, least = kept["windows"], own_text.BATCH * torch.get_num_threads(), MIN_WINDOWS + HELD_OUT
+        windows, least = kept["windows"], MIN_WINDOWS + HELD_OUT
+        n_round = own_text.BATCH * own_text.writers(self.student.teacher)
         while not kept.get("whole"):
             n, first = min(n_round, n_windows - len(windows)), len(windows) // own_text.BATCH
             progress = partial(self.advance, f"writing {name}, {len(windows)}+")
@@ -264,7 +276,8 @@ class _Run:
             training.load(state)
             self._distil_began = state["began"]
         elif training.progress >= 1 and effort.minutes is not None:
-            self.say(f"no time was left to train all layers together; --minutes {2 * self.seconds / 60:.0f} has some")
+            enough = math.ceil(2 * self.seconds / 60)
+            self.say(f"no time was left to train all layers together; --minutes {enough} has some")
         self._training, saved = training, training.progress
         while training.progress < 1:
             nats, density = training.step()
@@ -335,7 +348,8 @@ def _windows(corpus: Corpus, seed: int) -> np.ndarray:
 def _notes(corpus: Corpus | None, recipe: Recipe, effort: Effort, report: Report) -> dict[str, Any]:
     """What the file says of its making."""
     name = "text of the model's own" if corpus is None else corpus.name
-    made = f"{report.tokens} tokens in {report.minutes:.0f} minutes after a fit on {recipe.fit_tokens} tokens"
+    minutes = "" if effort.minutes is None else f" in {report.minutes:.0f} minutes"  # not in what --tokens makes again
+    made = f"{report.tokens} tokens{minutes} after a fit on {recipe.fit_tokens} tokens"
     return {
         "general.description": f"FFNs retrained with ReLU by hotcold relufy on {name}: {made}",
         "hotcold.relufy.texts": name.split(", "),

@@ -48,6 +48,8 @@ class Recipe:
         for name, low in lows.items():
             if (got := getattr(self, name)) < low:
                 raise ParameterError(f"{name}: got {got}, wanted at least {low}")
+        if self.seed >= 1 << 31:
+            raise ParameterError(f"seed: got {self.seed}, wanted less than {1 << 31}")
         for name in ("chat", "own"):
             if not 0.0 <= (got_share := getattr(self, name)) <= 0.9:
                 raise ParameterError(f"{name}: got {got_share}, wanted 0 to 0.9")
@@ -109,6 +111,8 @@ def check_model(source: GGUFFile, config: ModelConfig) -> None:
         raise UnsupportedError(f"{c.name!r:.60} has an FFN without a gate: {other}; what applies here: {applies}")
     kinds = {
         "an FFN whose gate and up projections are one tensor": "blk.0.ffn_gate.weight" in source.rows,
+        "a bypass beside its neurons already": c.has("ffn_bypass.weight"),
+        "floors of its activations": any(c.activation_floors),
         "an FFN with biases": any(c.has(f"ffn_{part}.bias") for part in relu_file.PARTS),
         "layer norms": c.norm != "rms",
         "attention and FFN side by side": c.parallel,
@@ -142,7 +146,8 @@ def check(config: ModelConfig, corpus: Corpus | None, recipe: Recipe, effort: Ef
     """Raise what can be raised before hours of work."""
     if config.activation not in TRAINED:
         wanted = " or ".join(TRAINED)
-        raise UnsupportedError(f"{config.name}: its activation is {config.activation} already, wanted {wanted}")
+        got = f"{config.activation}{' already' * (config.activation in RELUS)}"
+        raise UnsupportedError(f"{config.name}: its activation is {got}, wanted {wanted}")
     least = (MIN_WINDOWS + HELD_OUT) * WINDOW
     if corpus is not None and len(corpus) < least:
         raise ParameterError(f"{corpus.name}: got {len(corpus)} tokens, wanted at least {least}, better 300000")

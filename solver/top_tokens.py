@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from .torch_model import TorchModel
 
 TOP = 64  # tokens; of 135M models they hold nine tenths of the probability
 HEAD_BYTES = 16 << 20  # of logits in memory at a time; from 32 MiB on, glibc gives each piece back and asks anew
+BYTES = 6  # of a top token: its id and its probability
 LEAST = 1e-4  # the rest's probability is never taken to be less
 
 
@@ -31,7 +35,7 @@ class Expected:
 class Teaching:
     """The windows of a pool and, by window, what the teacher expects; kept in `folder` as it is asked.
 
-    StorageError where the folder has no room: 6 bytes a token and top token.
+    StorageError where the folder has no room: BYTES for each token and top token.
     """
 
     def __init__(self, teacher: TorchModel, pool: Pool, folder: Path) -> None:
@@ -41,22 +45,36 @@ class Teaching:
         try:
             self._ids = _array(folder / "top-ids.bin", np.int32, shape)
             self._p = _array(folder / "top-p.bin", np.float16, shape)
-            self._known = _array(folder / "top-known.bin", np.uint8, shape[:1])
+            self._sums = _array(folder / "top-sums.bin", np.uint32, shape[:1])
         except OSError as exc:
-            raise StorageError(f"{folder}: cannot be written: {exc.strerror or exc}") from exc
+            need = f"what the teacher expects of the text takes {BYTES * math.prod(shape) >> 20} MiB there"
+            raise StorageError(f"{folder}: cannot be written: {exc.strerror or exc}; {need}") from exc
 
     def __call__(self, which: Tensor) -> tuple[Tensor, Expected]:
         """(ids of these windows, what the teacher expects at all their places), on the teacher's device."""
         device = self.teacher.device
-        # A power cut may leave the mark on the disk and not what it stands for.
-        new = [i for i in which.tolist() if not (self._known[i] and self._p[i, 0].any())]
+        # A power cut may leave a mark on the disk and not what it stands for; so the mark is a sum over that.
+        new = [i for i in which.tolist() if self._sums[i] != self._sum(i)]
         if new:
             ids, p = top_tokens(self.teacher, self.pool.windows[new].to(device), self.top)
             shape = (len(new), -1, self.top)
             self._ids[new], self._p[new] = ids.view(shape).int().cpu().numpy(), p.view(shape).half().cpu().numpy()
-            self._known[new] = 1
+            for i in new:
+                self._sums[i] = self._sum(i)
         ids, p = (torch.from_numpy(np.array(kept[which.numpy()])).to(device) for kept in (self._ids, self._p))
         return self.pool.windows[which].to(device), Expected(ids.flatten(0, 1).long(), p.flatten(0, 1).float())
+
+    def _sum(self, window: int) -> int:
+        return zlib.crc32(self._p[window], zlib.crc32(self._ids[window]))
+
+
+def check_room(folder: Path, n_tokens: int) -> None:
+    """StorageError where the disk has no room for what a teacher expects of so many tokens."""
+    need = BYTES * TOP * n_tokens
+    there = sum(path.stat().st_blocks * 512 for path in folder.glob("top-*.bin"))
+    if (free := shutil.disk_usage(folder).free + there) < need:
+        got = f"got room for {free >> 20} MiB, wanted {need >> 20}"
+        raise StorageError(f"{folder}: {got} for what the teacher expects of {n_tokens} tokens; bring less text")
 
 
 def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
@@ -64,7 +82,7 @@ def _array(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.me
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     there = path.exists() and path.stat().st_size == size
     array = np.memmap(path, dtype, "r+" if there else "w+", shape=shape)
-    if not there and hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
+    if hasattr(os, "posix_fallocate"):  # a disk that is full later would kill the process
         with path.open("rb+") as file:
             os.posix_fallocate(file.fileno(), 0, size)
     return array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -55,9 +56,12 @@ class Work:
             return True
         self.drop()
         try:
-            self.folder.mkdir()
+            self.folder.mkdir(exist_ok=True)
         except OSError as exc:
             raise StorageError(f"{self.folder}: {exc.strerror or exc}; name a file that can be written") from exc
+        # A run that was killed before its settings were written leaves at most a part of them.
+        if any(not path.name.startswith(note.name) for path in self.folder.iterdir()):
+            raise StorageError(f"{self.folder}: a folder of something else; move it, or name another file to write")
         with replacing(note, "name a file that can be written") as part:
             part.write_text(json.dumps(self.settings), encoding="utf-8")
         return False
@@ -86,8 +90,10 @@ class Work:
                     torch.save(value, file)
                     file.flush()
                     os.fsync(file.fileno())
-            except RuntimeError as exc:  # a full disk, of PyTorch's writer
-                raise StorageError(f"{self.folder}: cannot be written: {exc}; the work before it is whole") from exc
+            except RuntimeError as exc:  # a full disk, in the words of PyTorch's writer
+                full = shutil.disk_usage(self.folder).free < 1 << 20
+                reason = os.strerror(errno.ENOSPC) if full else exc
+                raise StorageError(f"{self.folder}: cannot be written: {reason}; the work before it is whole") from exc
 
     def drop(self) -> None:
         """Remove the folder, if it is one of ours."""

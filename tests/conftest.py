@@ -19,8 +19,8 @@ from tiny import make_tiny_model
 def pytest_configure(config: pytest.Config) -> None:
     """Kernels that tests compile stay in pytest's cache folder: compiled once, and not among the user's own.
 
-    Numba asks for its simulator when it is first imported, which is later. Hypothesis makes the same examples in each run,
-    and a slow one is no failure.
+    Numba asks for its simulator when it is first imported, which is later. Hypothesis makes the same examples in each
+    run, and a slow one is no failure.
     """
     settings.register_profile("hotcold", derandomize=True, deadline=None)
     settings.load_profile("hotcold")

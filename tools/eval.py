@@ -62,13 +62,20 @@ def evaluate(
     """Compare a model's modes with the model that it was made from."""
     from ..solver import evaluate as library
     from ..solver import harness
+    from ..solver import plot as picture
 
     if tasks:
         harness.check()
+    elif tasks_from is not None or limit is not None:
+        raise ParameterError(f"{'--limit' if limit else '--tasks-from'}: got it without --tasks, which it is for")
+    if plot is not None:
+        picture.check(plot)
     if chunks == 0:
         raise ParameterError("--chunks: got 0, wanted at least 1, or -1 for all")
-    paths = [console.find_model(name) for name in dict.fromkeys(models)]
+    found = {path.resolve(): path for path in map(console.find_model, models)}
+    paths = list(found.values())
     teacher = console.find_model(against) if against else paths[0]
+    teacher = found.get(teacher.resolve(), teacher)
     status = console.StatusLine()
     try:
         report = library.evaluate(
@@ -80,13 +87,11 @@ def evaluate(
         if not as_json:  # before what may still fail
             _print(report, ctx)
             _print_notes(report)
-        if plot is not None:
-            from ..solver.plot import plot_quality
-
-            plot_quality(report, plot)
-            note(f"drawn to {plot}")
         answers, scores = list[list[str]](), list[dict[str, dict[str, float]]]()
         try:
+            if plot is not None:
+                picture.plot_quality(report, plot)
+                note(f"drawn to {plot}")
             answers = _answers(report, threads, status) if prompts else []
             scores = _tasks(report, tasks.split(","), tasks_from, limit, threads, status) if tasks else []
         finally:

@@ -23,10 +23,12 @@ Text = Annotated[
     str | None,
     typer.Option("--text", metavar="self", help="self: the model writes its training text, if you have none."),
 ]
-Minutes = Annotated[float, typer.Option("--minutes", metavar="N", help="Time for everything; the stages share it.")]
+Minutes = Annotated[
+    float | None, typer.Option("--minutes", metavar="N", help="Time for everything; the stages share it [90].")
+]
 Tokens = Annotated[
     int | None,
-    typer.Option("--tokens", metavar="N", help="Train on N tokens instead of for a time: the same file each time."),
+    typer.Option("--tokens", metavar="N", help="Train on N tokens, in whole steps, not for a time: the same file."),
 ]
 Density = Annotated[float, typer.Option("--density", metavar="D", help="Mean share of active neurons to reach.")]
 LowRank = Annotated[
@@ -53,7 +55,7 @@ def relufy(
     out: Out,
     texts: Texts = None,
     text: Text = None,
-    minutes: Minutes = 90.0,
+    minutes: Minutes = None,
     tokens: Tokens = None,
     density: Density = 0.3,
     low_rank: LowRank = 0,
@@ -82,11 +84,14 @@ def relufy(
         raise ParameterError(f"--text: got {text!r:.40}, wanted self; files are named without an option")
     if bool(texts) == (text == "self"):
         raise ParameterError("TEXT: got text files and --text self, or neither; wanted one of them")
+    if minutes is not None and tokens is not None:
+        raise ParameterError("--minutes: got it with --tokens; wanted one of them")
     if low_rank and type is not None:
         raise ParameterError("--type: got it with --low-rank, but an adapter's matrices get theirs when it is merged")
     rate = (LOW_RANK_LR if low_rank else WHOLE_LR) if lr is None else lr
     recipe = Recipe(fit_tokens, sweeps, chat, own, batch_size, low_rank, seed)
-    effort = Effort(density, None if tokens is not None else minutes, tokens, rate, ubatch_size, checkpointing)
+    minutes = 90.0 if minutes is None and tokens is None else minutes
+    effort = Effort(density, minutes, tokens, rate, ubatch_size, checkpointing)
     path = console.find_model(model)
     check_out(out, [path, *(texts or ())])
     with GGUFFile(path) as source:
@@ -99,21 +104,23 @@ def relufy(
         brought = corpus.load(texts, load_tokenizer(source)) if texts else None
         with _interruptible(), _progress() as (say, advance):
             report = library.relufy(source, brought, out, recipe, effort, kind, say, advance)
-    _print(out, report, low_rank > 0)
+    _print(out, report, None if low_rank else kind.name)
 
 
-def _print(out: Path, report: Report, adapter: bool) -> None:
+def _print(out: Path, report: Report, kind: str | None) -> None:
+    """kind: that the matrices were rounded to; None: an adapter."""
     low, high = min(report.densities), max(report.densities)
     ratio = report.perplexity / report.teacher_perplexity
     print(out)
     print(f"active neurons      {report.density:.1%} (layers {low:.1%} to {high:.1%})")
     print(f"held-out perplexity {report.perplexity:.2f}, {ratio:.3f} x the teacher's {report.teacher_perplexity:.2f}")
     print(f"trained             {report.tokens} tokens in {report.minutes:.0f} minutes")
-    if adapter:
+    if kind is None:
         note(
             f"{human_bytes(out.stat().st_size)}; run it with --lora {printable(str(out))} on the model it was made for"
         )
     else:
+        note(f"measured before the matrices were rounded to {kind}; hotcold eval measures the file")
         note(f"{human_bytes(out.stat().st_size)}; llama.cpp refuses this file: it does not know the bypass")
 
 

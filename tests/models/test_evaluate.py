@@ -301,11 +301,31 @@ def test_bad_input(tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.Mo
         ((teacher, "--sparsity", "thin"), "sparsity: got 'thin'"),
         ((teacher, "--chunks", 0), "--chunks: got 0"),
         ((tmp_path / "none.gguf", "--tasks", "arc_easy"), "--tasks needs lm-evaluation-harness: pip install lm-eval"),
-        ((teacher, "--plot", tmp_path / "a.nosuch"), "a.nosuch"),
+        ((tmp_path / "none.gguf", "--limit", 3), "--limit: got it without --tasks"),
+        ((tmp_path / "none.gguf", "--plot", tmp_path / "a.nosuch"), "--plot: got 'nosuch', wanted one of"),
+        ((tmp_path / "none.gguf", "--plot", tmp_path / "no" / "a.png"), "a.png: no such folder"),
     ):
         done = invoke(*settings[:5], *(settings[5:] if "--text" not in arguments else ()), *arguments)
         errors = [line for line in done.stderr.splitlines() if line.startswith("hotcold: error: ")]
         assert done.exit_code == 1 and len(errors) == 1 and message in errors[0], (arguments, done.output)
+
+
+def test_logits_that_are_no_numbers_are_not_measured(tiny_model: MakeModel, tmp_path: Path) -> None:
+    with GGUFFile(tiny_model()) as file:
+        weights = file.data("output_norm.weight").tobytes()
+    raw = tiny_model().read_bytes()
+    assert raw.count(weights) == 1
+    (damaged := tmp_path / "damaged.gguf").write_bytes(raw.replace(weights, struct.pack("<f", np.nan) + weights[4:]))
+    settings = ("-c", N_CTX, "--chunks", 1, "--no-default-text", "--text", text_file(tmp_path))
+    done = invoke(damaged, "--against", tiny_model(), *settings)
+    assert done.exit_code == 1 and "damaged.gguf: logits on" in done.stderr and "(dense): got no numbers" in done.stderr
+
+
+def test_a_model_of_two_names_is_measured_once(tiny_model: MakeModel, tmp_path: Path) -> None:
+    (tmp_path / "link.gguf").symlink_to(tiny_model())
+    settings = ("-c", N_CTX, "--chunks", 1, "--no-default-text", "--text", text_file(tmp_path), "--json")
+    done = invoke(tiny_model(), tmp_path / "link.gguf", "--against", tmp_path / "link.gguf", *settings)
+    assert done.exit_code == 0 and len(json.loads(done.stdout)["rows"]) == 1
 
 
 def test_every_text_has_a_name_of_its_own(tiny_model: MakeModel, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import naive
@@ -14,7 +18,7 @@ from tiny import RopeOptions
 from typer.testing import CliRunner
 
 from hotcold.formats.config import ModelConfig
-from hotcold.formats.errors import TrainingError
+from hotcold.formats.errors import StorageError, TrainingError
 from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.lora import Adapter
 from hotcold.formats.section import find_section
@@ -32,7 +36,7 @@ from hotcold.solver.fit import Fitting  # noqa: E402
 from hotcold.solver.pool import Pool  # noqa: E402
 from hotcold.solver.relufy_checks import Effort, Recipe  # noqa: E402
 from hotcold.solver.student import Ffn, Student  # noqa: E402
-from hotcold.solver.top_tokens import Expected, Teaching, divergence  # noqa: E402
+from hotcold.solver.top_tokens import Expected, Teaching, check_room, divergence  # noqa: E402
 from hotcold.solver.torch_model import TorchModel, fastest_dtype  # noqa: E402
 
 Make = Callable[..., Path]
@@ -270,6 +274,49 @@ def test_the_teacher_is_asked_once(tiny_model: Make, tmp_path: Path, monkeypatch
     monkeypatch.setattr(model, "forward", lambda ids: pytest.fail("asked again"))
     for got, wanted in zip(again(torch.tensor([1, 0]))[1:], (expected,), strict=True):
         assert torch.equal(got.ids, wanted.ids) and torch.equal(got.p, wanted.p)
+
+
+def test_answers_that_a_power_cut_left_damaged_are_asked_again(tiny_model: Make, tmp_path: Path) -> None:
+    model, windows = load(tiny_model()), torch.tensor([IDS, IDS[::-1]])
+    _, wanted = Teaching(model, Pool([(windows, 1.0)], 0), tmp_path)(torch.tensor([0, 1]))
+    for name in ("top-ids.bin", "top-p.bin"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(bytes(len(kept) // 2) + kept[len(kept) // 2 :])
+        _, got = Teaching(model, Pool([(windows, 1.0)], 0), tmp_path)(torch.tensor([0, 1]))
+        assert torch.equal(got.ids, wanted.ids) and torch.equal(got.p, wanted.p)
+
+
+def test_a_full_disk_is_told_each_time(tiny_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    model, pool = load(tiny_model()), Pool([(torch.tensor([IDS] * 1000), 1.0)], 0)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="No space left on device; .* takes [0-9]+ MiB there"):
+            Teaching(model, pool, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(StorageError, match="wanted 366 for what the teacher expects of 1000000 tokens"):
+        check_room(tmp_path / "empty", 1_000_000)
+
+
+def test_batches_are_written_side_by_side_where_memory_has_room(
+    tiny_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_model())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for room, n in ((None, 3), (1 << 40, 3), (1, 1)):
+        monkeypatch.setattr(own_text, "available_bytes", lambda room=room: room)
+        assert own_text.writers(model) == n
+
+
+def test_a_layer_of_closed_neurons_is_fitted(tiny_model: Make) -> None:
+    model = load(tiny_model(), relufy_checks.WINDOW)
+    ffn = Ffn.whole(model, 0)
+    ffn.own["gate"].zero_()
+    fitting = Fitting(Student(model, [ffn]), steps_of_text()[:64])
+    fitting.attend()
+    assert 0 < fitting.fit(ffn) < 0.9 and torch.equal(ffn.own["down"], model.weights["blk.0.ffn_down.weight"].float())
 
 
 def steps_of_text() -> torch.Tensor:

@@ -20,7 +20,7 @@ from hotcold.formats.gguf import GGUFFile
 from hotcold.formats.section import find_section
 from hotcold.formats.section_file import update_section
 from hotcold.formats.types import GGMLType
-from hotcold.solver import relu_file, relufy_checks
+from hotcold.solver import relu_file, relufy, relufy_checks
 from hotcold.solver.corpus import Corpus
 from hotcold.solver.relufy_checks import Effort, Recipe
 from hotcold.tools.cli import app
@@ -150,7 +150,13 @@ def test_types(tiny_model: Make) -> None:
 @pytest.mark.parametrize(
     "kind, name, value",
     [
-        *((Recipe, "fit_tokens", 100), (Recipe, "sweeps", 0), (Recipe, "seed", -1), (Recipe, "chat", -0.1)),
+        *(
+            (Recipe, "fit_tokens", 100),
+            (Recipe, "sweeps", 0),
+            (Recipe, "seed", -1),
+            (Recipe, "seed", 1 << 31),
+            (Recipe, "chat", -0.1),
+        ),
         *(
             (Recipe, "chat", 1.0),
             (Recipe, "own", 1.0),
@@ -201,6 +207,19 @@ def test_what_cannot_be_done_is_said_first(tiny_model: Make, tmp_path: Path) -> 
         relufy_checks.check_out(out, [])
 
 
+def test_models_that_have_what_relufy_adds_are_refused(tiny_model: Make) -> None:
+    for options, what in (({"bypass": True}, "a bypass beside"), ({"floors": [0.1, 0.2]}, "floors of its activations")):
+        with GGUFFile(tiny_model(**options)) as file, pytest.raises(UnsupportedError, match=what):
+            relufy_checks.check_model(file, ModelConfig.from_gguf(file))
+
+
+def test_notes_of_a_number_of_tokens_have_no_time_in_them() -> None:
+    report = relufy.Report(30.0, 33.0, [0.3], 2048, 7.0)
+    timed, counted = Effort(minutes=8.0), Effort(minutes=None, tokens=2048)
+    found = [relufy._notes(None, Recipe(), effort, report)["general.description"] for effort in (timed, counted)]
+    assert " in 7 minutes" in found[0] and "minutes" not in found[1]
+
+
 def test_memory_errors_are_told() -> None:
     class OutOfMemoryError(RuntimeError):
         """As PyTorch's."""
@@ -242,6 +261,13 @@ def test_work_is_kept_and_only_taken_up_for_equal_settings(tiny_model: Make, tmp
     assert (folder / "layer-0.pt").read_bytes() == b"trained"
 
 
+def test_work_goes_on_where_a_killed_run_had_kept_nothing(tiny_model: Make, tmp_path: Path) -> None:
+    (tmp_path / "out.gguf.relufy").mkdir()
+    (tmp_path / "out.gguf.relufy" / "settings.json.part").touch()
+    with GGUFFile(tiny_model()) as file:
+        assert not relufy_checks.work_folder(tmp_path / "out.gguf", file, corpus(N_TOKENS), Recipe()).begin()
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tiny_model: Make, tmp_path: Path) -> None:
     (tmp_path / "out.gguf.relufy").mkdir()
     (tmp_path / "out.gguf.relufy" / "diary").touch()
@@ -274,6 +300,7 @@ def test_the_command_refuses_in_one_line(tiny_model: Make, tmp_path: Path, monke
     model = str(tiny_model())
     assert "wanted one of F32" in refused(model, text, "-o", out, "--type", "Q3_K")
     assert "density: got 2.0, wanted 0.01 to 1" in refused(model, text, "-o", out, "--density", "2")
+    assert "--minutes: got it with --tokens" in refused(model, text, "-o", out, "--minutes", "9", "--tokens", "2048")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert "needs PyTorch: pip install 'hotcold[train]'" in refused(model, text, "-o", out)
     monkeypatch.setattr(relufy_checks, "require_torch", lambda threads=None: None)
