@@ -71,7 +71,7 @@ class Teaching:
 def check_room(folder: Path, n_tokens: int) -> None:
     """StorageError where the disk has no room for what a teacher expects of so many tokens."""
     need = BYTES * TOP * n_tokens
-    there = sum(path.stat().st_blocks * 512 for path in folder.glob("top-*.bin"))
+    there = sum(path.stat().st_size for path in folder.glob("top-*.bin"))
     if (free := shutil.disk_usage(folder).free + there) < need:
         got = f"got room for {free >> 20} MiB, wanted {need >> 20}"
         raise StorageError(f"{folder}: {got} for what the teacher expects of {n_tokens} tokens; bring less text")
