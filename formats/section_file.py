@@ -283,6 +283,12 @@ def _check_writable(path: Path, advice: str) -> None:
         raise StorageError(f"{path}: a read-only file; {advice}")
 
 
+def check_place(path: Path) -> None:
+    """StorageError for a path that no file can have, to be told before what it is to hold is made."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise StorageError(f"{path}: {'a folder' if path.is_dir() else 'no such folder'}; name a file to write")
+
+
 @contextmanager
 def replacing(path: Path, advice: str, own: bool = False) -> Iterator[Path]:
     """A name to write to, which then becomes `path`; StorageError, and nothing left, where the disk refuses.

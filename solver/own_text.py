@@ -57,12 +57,11 @@ def writers(model: TorchModel) -> int:
     """How many batches are written at once: one on a GPU, else one a thread, if their keys and values have room."""
     import torch
 
-    c = model.config
+    c, n_threads, room = model.config, torch.get_num_threads(), available_bytes()
     if model.device.type != "cpu":
         return 1
     cache = BATCH * len(model.cos) * c.n_layer * c.n_head_kv * (c.head_dim_k + c.head_dim_v) * model.dtype.itemsize
-    room = available_bytes()
-    return max(1, min(torch.get_num_threads(), torch.get_num_threads() if room is None else room // 2 // cache))
+    return n_threads if room is None else max(1, min(n_threads, room // 2 // cache))
 
 
 def write(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..formats.errors import ParameterError, StorageError, UnsupportedError
+from ..formats.section_file import check_place
 from .profile import MOST, cdf, statistics
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def check(path: Path) -> None:
     formats = FigureCanvasBase.get_supported_filetypes()
     if (ending := path.suffix.removeprefix(".").lower()) not in formats:
         raise ParameterError(f"--plot: got {ending or 'no ending'!r:.20}, wanted one of {', '.join(sorted(formats))}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise StorageError(f"{path}: {'a folder' if path.is_dir() else 'no such folder'}; name a file to write")
+    check_place(path)
 
 
 def plot_quality(report: Report, path: Path) -> None:

@@ -157,13 +157,12 @@ class _Run:
     def train(self) -> Report:
         """All stages."""
         text, held_out = self._text()
-        self._check_room(text)
         self._teacher_perplexity, _ = self.student.evaluate(held_out)
         scored = len(held_out) * (WINDOW - 1 - WINDOW // 2)
         self.say(f"teacher: perplexity {self._teacher_perplexity:.2f} on {scored} held-out tokens")
         pool = self._pool(text)
-        fit_tokens = self.recipe.fit_tokens
-        fits = f"--fit-tokens {least}" if fit_tokens > (least := MIN_WINDOWS * WINDOW) else "--low-rank"
+        fit_tokens, least = self.recipe.fit_tokens, MIN_WINDOWS * WINDOW
+        fits = f"--fit-tokens {least}" if fit_tokens > least else "--low-rank"
         with memory(f"what a sweep keeps of {fit_tokens} tokens", f"{fits} and another file to write"):
             for sweep in range(self.recipe.sweeps):
                 self._fit(sweep, pool, held_out)
@@ -186,27 +185,27 @@ class _Run:
         windows = torch.from_numpy(_windows(self.corpus, self.recipe.seed)).long()
         return windows[HELD_OUT:], windows[:HELD_OUT]
 
-    def _check_room(self, text: Tensor) -> None:
+    def _pool(self, text: Tensor) -> Pool:
+        """The text, and what the model writes itself; StorageError where what is kept of them has no room."""
+        from .pool import Pool
         from .top_tokens import check_room
 
-        kinds = (self.recipe.chat > 0) + (self.recipe.own > 0 and self.corpus is not None)
-        if self.effort.tokens != 0:
-            check_room(self.work.folder, (len(text) + kinds * OWN_WINDOWS) * WINDOW)
-
-    def _pool(self, text: Tensor) -> Pool:
-        """The text, and what the model writes itself."""
-        from .pool import Pool
-
-        recipe, source, kinds = self.recipe, self.source, [(text, 1.0)]
+        recipe, source = self.recipe, self.source
         dialogues = ("dialogues", recipe.chat, own_text.opening(source, WINDOW), "chat template", TEMPERATURE)
         own = 0.0 if self.corpus is None else recipe.own
         start = own_text.document_start(source)
         documents = ("documents", own, start, "token that begins a text", DOCUMENT_TEMPERATURE)
+        wanted = []
         for name, share, begins, beginning, temperature in (dialogues, documents):
             if share and begins is None:
                 self.say(f"no {name}: the model has no {beginning}")
             elif share and begins is not None:
-                kinds.append((self._written(name, OWN_WINDOWS, begins, temperature, OWN_TIME), share))
+                wanted.append((name, share, begins, temperature))
+        if self.effort.tokens != 0:
+            check_room(self.work.folder, (len(text) + len(wanted) * OWN_WINDOWS) * WINDOW)
+        kinds = [(text, 1.0)]
+        for name, share, begins, temperature in wanted:
+            kinds.append((self._written(name, OWN_WINDOWS, begins, temperature, OWN_TIME), share))
         return Pool(kinds, self.recipe.seed)
 
     def _written(self, name: str, n_windows: int, start: list[int], temperature: float, share: float) -> Tensor:

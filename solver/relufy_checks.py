@@ -12,6 +12,7 @@ from pathlib import Path
 from ..formats.config import ModelConfig
 from ..formats.errors import ParameterError, StorageError, TrainingError, UnsupportedError
 from ..formats.gguf import GGUFFile
+from ..formats.section_file import check_place
 from ..formats.section_layout import sidecar_path
 from . import relu_file
 from .corpus import Corpus
@@ -133,8 +134,7 @@ def check_model(source: GGUFFile, config: ModelConfig) -> None:
 
 def check_out(out: Path, inputs: Iterable[Path]) -> None:
     """Raise StorageError for a file that cannot be written, or that is one of those read."""
-    if out.is_dir() or not out.parent.is_dir():
-        raise StorageError(f"{out}: {'a folder' if out.is_dir() else 'no such folder'}; name a file to write")
+    check_place(out)
     for path in inputs:
         if out.exists() and path.exists() and out.samefile(path):
             raise StorageError(f"{out}: the file to read, which would be replaced; name another one to write")

@@ -60,7 +60,7 @@ class Work:
         except OSError as exc:
             raise StorageError(f"{self.folder}: {exc.strerror or exc}; name a file that can be written") from exc
         # A run that was killed before its settings were written leaves at most a part of them.
-        if any(not path.name.startswith(note.name) for path in self.folder.iterdir()):
+        if any(note.name not in path.name for path in self.folder.iterdir()):
             raise StorageError(f"{self.folder}: a folder of something else; move it, or name another file to write")
         with replacing(note, "name a file that can be written") as part:
             part.write_text(json.dumps(self.settings), encoding="utf-8")

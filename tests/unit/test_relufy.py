@@ -263,7 +263,7 @@ def test_work_is_kept_and_only_taken_up_for_equal_settings(tiny_model: Make, tmp
 
 def test_work_goes_on_where_a_killed_run_had_kept_nothing(tiny_model: Make, tmp_path: Path) -> None:
     (tmp_path / "out.gguf.relufy").mkdir()
-    (tmp_path / "out.gguf.relufy" / "settings.json.part").touch()
+    (tmp_path / "out.gguf.relufy" / ".settings.json.part").touch()
     with GGUFFile(tiny_model()) as file:
         assert not relufy_checks.work_folder(tmp_path / "out.gguf", file, corpus(N_TOKENS), Recipe()).begin()
 
